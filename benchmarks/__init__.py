@@ -1,0 +1,1 @@
+"""Comparisons of llmopt's engines with other programs, one command each."""

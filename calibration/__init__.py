@@ -1,0 +1,1 @@
+"""Runs a model layer by layer, and the texts it is run on."""

@@ -1,0 +1,1 @@
+"""Turns a model into files other programs execute or load."""

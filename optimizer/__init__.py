@@ -1,0 +1,1 @@
+"""The compiler's core: recipe, model, pipeline, cache and manifest."""

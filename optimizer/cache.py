@@ -1,0 +1,78 @@
+"""Where finished work is kept: content-addressed directories, each written whole or not at all."""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+__all__ = ["cache_root", "digest_of", "locked", "publish", "sources_digest"]
+
+
+def cache_root() -> Path:
+    """``$LLMOPT_CACHE``, else ``$XDG_CACHE_HOME/llmopt``, else ``~/.cache/llmopt``."""
+    if explicit := os.environ.get("LLMOPT_CACHE"):
+        return Path(explicit)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmopt"
+
+
+def digest_of(value: Any) -> str:
+    """sha256 of plain data in canonical JSON, hexadecimal."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def sources_digest() -> str:
+    """sha256 over llmopt's own Python files, so that a changed compiler never finds an older one's results."""
+    root = Path(__file__).parent.parent
+    total = hashlib.sha256()
+    for package in ("calibration", "exporters", "optimizer", "passes"):
+        for path in sorted((root / package).rglob("*.py")):
+            total.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return total.hexdigest()
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock named after ``path``; a second process waits. The lock ends with the process."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(path.name + ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def publish(directory: Path) -> Iterator[Path]:
+    """Yield a sibling temporary directory that becomes ``directory`` on success and vanishes on failure.
+
+    What a killed process left behind is removed first, so hold ``locked(directory)`` around this. An existing
+    ``directory`` is replaced.
+    """
+    partial = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        _sync(partial)
+        if directory.exists():
+            replaced = directory.with_name(f".{directory.name}.replaced")
+            shutil.rmtree(replaced, ignore_errors=True)
+            directory.rename(replaced)
+            partial.rename(directory)
+            shutil.rmtree(replaced)
+        else:
+            partial.rename(directory)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _sync(directory: Path) -> None:
+    """Put every file of ``directory`` on disk before the rename makes it visible."""
+    for path in directory.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())

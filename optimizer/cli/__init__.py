@@ -1,0 +1,1 @@
+"""The commands of llmopt, one file each, loaded when called."""

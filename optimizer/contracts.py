@@ -1,0 +1,91 @@
+"""What a pass, a graph pass and an exporter are, and what they are handed."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict
+
+from llmopt.optimizer.scheme import Scheme
+from llmopt.optimizer.target import Target
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from llmopt.optimizer.manifest import Engine, PassRecord
+    from llmopt.optimizer.model import Model, Weight
+
+__all__ = ["Exporter", "GraphPass", "PassContext", "QuantPass", "WeightPass"]
+
+
+@dataclass(frozen=True, slots=True)
+class PassContext:
+    """What a pass may use besides the model. Handed in, never global.
+
+    Attributes:
+        seed: The recipe's seed; the only source of randomness.
+        note: Records a fact in the manifest.
+        fallback: Records that something less than asked for was done; raises under ``strict: true``.
+        detail: Records one named value of the pass record, such as a count or a per-layer error.
+        progress: Called with (finished, total) steps.
+        keep: Writes finished weights to the work directory and returns them memory-mapped, so that a pass
+            never holds more than the layer it works on.
+    """
+
+    seed: int = 0
+    note: Callable[[str], None] = field(default=lambda text: None)
+    fallback: Callable[[str], None] = field(default=lambda text: None)
+    detail: Callable[[str, Any], None] = field(default=lambda name, value: None)
+    progress: Callable[[int, int], None] = field(default=lambda done, total: None)
+    keep: "Callable[[Mapping[str, Weight]], Mapping[str, Weight]]" = field(default=lambda weights: weights)
+
+
+class _Options(BaseModel, ABC):
+    """The fields are the recipe's options; there is no other state."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class WeightPass(_Options):
+    """One step of a recipe: a model in, a model out."""
+
+    def requires(self, model: "Model") -> None:  # noqa: B027
+        """Raise ``PassError`` when ``model`` cannot be given to this pass. Cheap: no tensor is read."""
+
+    @abstractmethod
+    def run(self, model: "Model", context: PassContext) -> "Model":
+        """The changed model, or ``model`` itself when there was nothing to do. Never mutates the input."""
+
+
+class QuantPass(WeightPass):
+    """A weight pass that quantizes linears; the recipe checks its schemes against the targets before any work."""
+
+    @abstractmethod
+    def schemes(self) -> dict[str, Scheme]:
+        """Every scheme this pass may apply, by the option path that names it, as ``overrides.0.scheme``."""
+
+
+class GraphPass(_Options):
+    """One rewrite of a graph. It records how often it applied and why it declined a near-match."""
+
+    @abstractmethod
+    def run(self, graph: "ir.Model", context: PassContext) -> "ir.Model":
+        """The rewritten graph: ``graph`` itself, changed in place, as onnx_ir's own passes do."""
+
+
+class Exporter(_Options):
+    """Writes an engine or a checkpoint."""
+
+    @abstractmethod
+    def check(self, model: "Model") -> None:
+        """Raise ``UnsupportedError`` or ``PassError`` when ``model`` cannot be exported. Cheap."""
+
+    @abstractmethod
+    def targets(self) -> list[Target]:
+        """What executes the result; empty for checkpoints."""
+
+    @abstractmethod
+    def export(self, model: "Model", directory: Path, context: PassContext) -> "tuple[Engine, list[PassRecord]]":
+        """Write the engine below ``directory`` and describe it, with a record per graph pass."""

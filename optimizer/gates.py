@@ -1,0 +1,54 @@
+"""The gates of a recipe: which measured loss is still acceptable."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
+
+__all__ = ["Gate", "Percent"]
+
+
+def _fraction(value: object) -> object:
+    """``"3%"`` -> 0.03; numbers are fractions already."""
+    if isinstance(value, str) and value.strip().endswith("%"):
+        return float(value.strip().removesuffix("%")) / 100
+    return value
+
+
+Percent = Annotated[float, BeforeValidator(_fraction, json_schema_input_type=float | str), Field(ge=0)]
+"""A fraction, written as ``3%`` or ``0.03``."""
+
+_LIMITS = {"kl": ("max",), "top1": ("min",), "perplexity": ("max", "max_increase")}
+
+
+class Gate(BaseModel):
+    """One limit: the build is rejected when the metric is beyond it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    metric: Literal["kl", "top1", "perplexity"] = Field(
+        description="kl: mean KL divergence from the source model, in nats per token; top1: share of tokens whose "
+        "most likely next token is the source model's; perplexity: of the engine on a text."
+    )
+    max: float | None = Field(None, ge=0, description="Largest accepted value (kl, perplexity).")
+    min: float | None = Field(None, ge=0, le=1, description="Smallest accepted value (top1).")
+    max_increase: Percent | None = Field(None, description="Largest accepted increase over the source model's own.")
+    data: Path | None = Field(
+        None, description="A text file; omitted: text sampled from the source model. Relative to the recipe."
+    )
+    windows: PositiveInt = Field(8, description="How many windows of the text are used.")
+    tokens: PositiveInt = Field(1024, ge=2, description="Tokens per window.")
+
+    @model_validator(mode="after")
+    def _limit_fits_metric(self) -> "Gate":
+        allowed = _LIMITS[self.metric]
+        given = [name for name in ("max", "min", "max_increase") if getattr(self, name) is not None]
+        if len(given) != 1 or given[0] not in allowed:
+            raise ValueError(f"metric {self.metric} takes exactly one of: {', '.join(allowed)}")
+        if self.metric == "perplexity" and self.data is None:
+            raise ValueError("perplexity needs data: on sampled text it says little; use kl or top1 there")
+        return self
+
+    def describe(self) -> dict[str, Any]:
+        """The gate as written, for manifests and messages."""
+        return self.model_dump(mode="json", exclude_none=True)

@@ -1,0 +1,208 @@
+"""What a build directory says about itself: ``manifest.json``, deterministic, and read by everything that uses a build.
+
+Times, memory and host facts go to ``build-record.json``, so that two builds of one recipe have equal manifests.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from llmopt.optimizer.errors import InputError, VerificationError
+
+__all__ = [
+    "MANIFEST_NAME",
+    "SCHEMA",
+    "Engine",
+    "FileEntry",
+    "GateResult",
+    "Layer",
+    "Manifest",
+    "Measurement",
+    "PassRecord",
+    "SourceEntry",
+    "TensorInfo",
+    "Verdict",
+    "sha256_of",
+]
+
+MANIFEST_NAME = "manifest.json"
+SCHEMA = 1
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TensorInfo(_Entry):
+    """One input or output of an engine; a dimension is a size or the name of one that varies."""
+
+    name: str
+    dtype: str
+    dims: list[int | str]
+
+
+class Engine(_Entry):
+    """What the runtime binds by. Version 1 of the contract is in docs/architecture.md."""
+
+    exporter: str
+    target: str
+    path: str = Field(description="Relative to the build directory.")
+    inputs: list[TensorInfo]
+    outputs: list[TensorInfo]
+    num_layers: int
+    kv_heads: int
+    head_dim: int
+    kv_dtype: str
+    kv_layout: Literal["slots"] = "slots"
+    vocab_size: int
+    capacity: int = Field(description="The longest sequence, in tokens: the slot size may be anything up to it.")
+    max_chunk: int = Field(description="Most tokens in one prefill call.")
+    min_chunk: int = Field(description="Fewest tokens in a prefill call that keep results bit-exact.")
+    features: list[str] = []
+
+
+class PassRecord(_Entry):
+    """What one pass did."""
+
+    name: str
+    options: dict[str, Any] = {}
+    changed: bool
+    notes: list[str] = []
+    fallbacks: list[str] = []
+    details: dict[str, Any] = {}
+
+
+class Layer(_Entry):
+    """One linear layer of the built model."""
+
+    name: str
+    shape: list[int]
+    scheme: str
+    bytes: int
+    error: float | None = Field(None, description="Relative Frobenius norm of the weight's change.")
+
+
+class Measurement(_Entry):
+    """One metric of the engine against the source model, and the tokens it was taken on."""
+
+    metric: str
+    value: float
+    source: float | None = Field(None, description="The source model's own value, for perplexity.")
+    data: str = Field(description="Name of the text, or 'sampled' for text sampled from the source model.")
+    data_digest: str
+    tokens: int
+
+
+class GateResult(_Entry):
+    """One ``accept:`` entry, judged."""
+
+    gate: dict[str, Any]
+    value: float
+    passed: bool
+
+
+class Verdict(_Entry):
+    """``accepted`` when every gate passed; ``unjudged`` when the recipe has none."""
+
+    status: Literal["accepted", "rejected", "unjudged"]
+    gates: list[GateResult] = []
+
+
+class SourceEntry(_Entry):
+    """The model a build was made from."""
+
+    spec: str
+    digest: str
+    files: dict[str, str]
+
+
+class FileEntry(_Entry):
+    """Size and digest of a file of the build."""
+
+    bytes: int
+    sha256: str
+
+
+class Manifest(_Entry):
+    """The whole of ``manifest.json``."""
+
+    schema_number: int = SCHEMA
+    llmopt: str
+    versions: dict[str, str]
+    source: SourceEntry
+    recipe: dict[str, Any]
+    architecture: str
+    layers: list[Layer]
+    passes: list[PassRecord]
+    graph_passes: dict[str, list[PassRecord]] = {}
+    engines: list[Engine]
+    measurements: list[Measurement] = []
+    verdict: Verdict
+    files: dict[str, FileEntry] = {}
+
+    def save(self, directory: Path) -> None:
+        """Write ``manifest.json``."""
+        text = json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True)
+        (directory / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
+
+    @staticmethod
+    def load(directory: Path, *, verify: bool = False) -> "Manifest":
+        """Read and check a build directory.
+
+        Args:
+            directory: The build.
+            verify: Whether to compare every file's sha256 as well; sizes are always compared.
+
+        Raises:
+            InputError: No build there, or one of another schema.
+            VerificationError: A file is missing or is not what the manifest says.
+        """
+        path = directory / MANIFEST_NAME
+        if not path.is_file():
+            raise InputError(f"{directory} is not a build: it has no {MANIFEST_NAME}", hint="make one: llmopt build")
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise VerificationError(f"{path} is damaged: {error}", hint="build it again") from error
+        found = data.get("schema_number") if isinstance(data, dict) else None
+        if found != SCHEMA:
+            raise InputError(
+                f"{path} has schema {found}, this llmopt reads {SCHEMA}", hint="build it again with this version"
+            )
+        try:
+            manifest = Manifest.model_validate(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise VerificationError(f"{path} is damaged: {where}: {first['msg']}", hint="build it again") from error
+        manifest.check_files(directory, digests=verify)
+        return manifest
+
+    def check_files(self, directory: Path, *, digests: bool) -> None:
+        """Compare sizes, and with ``digests`` contents, of all files listed with those in ``directory``.
+
+        Raises:
+            VerificationError: Naming every file that differs.
+        """
+        wrong = []
+        for name, entry in self.files.items():
+            path = directory / name
+            if not path.is_file():
+                wrong.append(f"{name} is missing")
+            elif path.stat().st_size != entry.bytes:
+                wrong.append(f"{name} has {path.stat().st_size} bytes instead of {entry.bytes}")
+            elif digests and sha256_of(path) != entry.sha256:
+                wrong.append(f"{name} was changed: its sha256 is not the manifest's")
+        if wrong:
+            raise VerificationError(
+                f"{directory} was changed: {'; '.join(wrong)}", hint="build it again, or restore it"
+            )
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 of a file's contents, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,57 @@
+"""What will execute an engine, and which schemes it can run."""
+
+from dataclasses import dataclass
+
+from llmopt.optimizer.scheme import Scheme
+
+__all__ = ["TARGETS", "Target"]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """An executor of engines.
+
+    Attributes:
+        name: As in a recipe.
+        graph_passes: The graph passes its lowering consists of, in order: file names in ``passes/graph/``.
+    """
+
+    name: str
+    graph_passes: tuple[str, ...]
+
+    def refusal(self, scheme: Scheme) -> str | None:
+        """Why this target cannot run ``scheme``, or None when it can."""
+        weights, activations = scheme.weights, scheme.input_activations
+        if weights.type != "int":
+            return "the cpu target has no floating-point weight kernels"
+        if activations is not None:
+            per_token = activations.num_bits == 8 and activations.type == "int" and activations.strategy == "token"
+            if not (per_token and activations.dynamic and activations.symmetric):
+                return "the cpu target quantizes activations to int8 per token, dynamic and symmetric, or not at all"
+            if not (weights.num_bits == 8 and weights.symmetric and weights.strategy == "channel"):
+                return "with int8 activations the cpu target needs symmetric int8 weights with one scale per channel"
+            return None
+        if weights.num_bits == 3:
+            return "the cpu target has kernels for 2, 4 and 8 bits, not for 3"
+        if weights.strategy not in ("channel", "group"):
+            return "the cpu target takes weight scales per channel or per group"
+        if weights.group_size is not None and weights.group_size % 16:
+            return f"the cpu target needs a group size that is a multiple of 16, not {weights.group_size}"
+        return None
+
+
+TARGETS = {
+    "cpu": Target(
+        name="cpu",
+        graph_passes=(
+            "select_rows",
+            "fuse_qkv",
+            "fuse_gate_up",
+            "fuse_norm",
+            "fuse_silu",
+            "lower_attention",
+            "lower_embedding",
+            "lower_linear",
+        ),
+    ),
+}

@@ -1,0 +1,1 @@
+"""Weight passes: one file each, and the file's name is the recipe's key."""

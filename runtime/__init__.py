@@ -1,0 +1,1 @@
+"""Serves a build directory; needs no torch and none of the compiler."""
