@@ -51,7 +51,7 @@ class _Options(BaseModel, ABC):
 class WeightPass(_Options):
     """One step of a recipe: a model in, a model out."""
 
-    def requires(self, model: "Model") -> None:  # noqa: B027
+    def requires(self, model: "Model") -> None:
         """Raise ``PassError`` when ``model`` cannot be given to this pass. Cheap: no tensor is read."""
 
     @abstractmethod
