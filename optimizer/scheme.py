@@ -35,12 +35,12 @@ class QuantSpec(BaseModel):
     @property
     def quant_min(self) -> int:
         """The smallest integer a symmetric scheme uses; asymmetric schemes use the full range too."""
-        return -(2 ** (self.num_bits - 1))
+        return -(1 << (self.num_bits - 1))
 
     @property
     def quant_max(self) -> int:
         """The largest integer."""
-        return int(2 ** (self.num_bits - 1) - 1)
+        return (1 << (self.num_bits - 1)) - 1
 
 
 class Scheme(BaseModel):
@@ -105,6 +105,6 @@ def _from_name(value: object) -> object:
 
 SchemeOption = Annotated[
     Scheme,
-    BeforeValidator(_from_name, json_schema_input_type=Literal[tuple(PRESETS)] | Scheme),  # type: ignore[valid-type]
+    BeforeValidator(_from_name, json_schema_input_type=Literal[tuple(PRESETS)] | Scheme),
 ]
 """A pass option that takes a preset's name or the long form."""

@@ -1,0 +1,133 @@
+"""Which linear of a model gets which scheme: the options every quantizing pass shares."""
+
+import re
+from collections.abc import Iterable
+from typing import Annotated, Literal
+
+from llmopt.optimizer.contracts import QuantPass
+from llmopt.optimizer.errors import PassError
+from llmopt.optimizer.model import Model, QuantWeight
+from llmopt.optimizer.scheme import PRESETS, Scheme, SchemeOption
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+
+__all__ = ["Override", "SchemeQuantPass"]
+
+Kept = Literal["none"]
+"""Written instead of a scheme: the module stays in floating point."""
+
+
+def _positive_or_channel(value: int) -> int:
+    if value != -1 and value < 1:
+        raise ValueError("a group size is a positive number of columns, or -1 for one scale per output channel")
+    return value
+
+
+GroupSize = Annotated[int, AfterValidator(_positive_or_channel)]
+
+
+class Override(BaseModel):
+    """Another scheme for the modules whose name matches."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    match: str = Field(description="A module name, or re: and a regular expression matched from its start.")
+    scheme: SchemeOption | Kept = Field(description="The scheme for these modules; none keeps them in float.")
+
+    @field_validator("match")
+    @classmethod
+    def _expression_compiles(cls, value: str) -> str:
+        if value.startswith("re:"):
+            try:
+                re.compile(value[3:])
+            except re.error as error:
+                raise ValueError(f"{value!r} is no regular expression: {error}") from error
+        return value
+
+    def matches(self, module: str) -> bool:
+        """Whether this override speaks of ``module``."""
+        if self.match.startswith("re:"):
+            return re.match(self.match[3:], module) is not None
+        return module == self.match
+
+
+class SchemeQuantPass(QuantPass):
+    """A quantizer whose schemes are chosen by module name."""
+
+    scheme: SchemeOption = Field(description="A preset's name, or weights and input_activations spelled out.")
+    group_size: GroupSize | None = Field(
+        None, description="Input columns per scale, overriding the scheme's own; -1 for one scale per output channel."
+    )
+    head: SchemeOption | Kept | None = Field(
+        None,
+        description="The output head's scheme; none keeps it in float. Omitted: W8A8 when the scheme quantizes "
+        "activations, else W8A16 with the scheme's group size. A tied embedding shares the head's table.",
+    )
+    overrides: tuple[Override, ...] = Field((), description="Other schemes for some modules; the first match wins.")
+
+    @model_validator(mode="after")
+    def _group_size_fits_scheme(self) -> "SchemeQuantPass":
+        if self.group_size not in (None, -1) and self.scheme.input_activations is not None:
+            raise ValueError(
+                "group_size does not go with quantized activations, whose weights have one scale a channel"
+            )
+        return self
+
+    def schemes(self) -> dict[str, Scheme]:
+        """See ``QuantPass.schemes``."""
+        found = {"scheme": self._sized(), "head": self._head()}
+        found |= {f"overrides.{i}.scheme": override.scheme for i, override in enumerate(self.overrides)}
+        return {path: scheme for path, scheme in found.items() if isinstance(scheme, Scheme)}
+
+    def assign(self, model: Model) -> dict[str, Scheme]:
+        """The scheme of every module to quantize, in data order; modules kept in float are left out."""
+        default, head = self._sized(), self._head()
+        chosen: dict[str, Scheme] = {}
+        for module in model.linears():
+            override = next((o for o in self.overrides if o.matches(module)), None)
+            scheme = override.scheme if override else head if module == model.arch.head else default
+            if isinstance(scheme, Scheme):
+                chosen[module] = scheme
+        return chosen
+
+    def requires(self, model: Model) -> None:
+        """See ``WeightPass.requires``."""
+        _unmatched(self.overrides, model.linears())
+        for module, scheme in self.assign(model).items():
+            weight = model.weights[model.weight_of(module)]
+            if isinstance(weight, QuantWeight):
+                raise PassError(
+                    f"{module} is already quantized to {weight.scheme.name}",
+                    hint="one quantizing pass per module: use overrides to give modules different schemes",
+                )
+            _fits(module, weight.shape[1], scheme)
+
+    def _sized(self) -> Scheme:
+        return self.scheme if self.group_size is None else self.scheme.with_group_size(self.group_size)
+
+    def _head(self) -> Scheme | Kept:
+        if self.head is not None:
+            return self.head
+        if self.scheme.input_activations is not None:
+            return PRESETS["W8A8"]
+        size = self._sized().weights.group_size
+        return PRESETS["W8A16"] if size is None else PRESETS["W8A16"].with_group_size(size)
+
+
+def _fits(module: str, columns: int, scheme: Scheme) -> None:
+    size = scheme.weights.group_size
+    if size is not None and columns % size:
+        fitting = [g for g in (16, 32, 64, 96, 128, 192, 256) if columns % g == 0]
+        raise PassError(
+            f"{module} has {columns} input columns, not a multiple of group_size={size}",
+            hint=f"group sizes that fit it: {', '.join(map(str, fitting)) or 'none; use -1'}",
+        )
+
+
+def _unmatched(overrides: Iterable[Override], modules: Iterable[str]) -> None:
+    names = list(modules)
+    for i, override in enumerate(overrides):
+        if not any(override.matches(name) for name in names):
+            raise PassError(
+                f"overrides.{i}.match {override.match!r} matches no linear of this model",
+                hint=f"names look like {names[0]}; regular expressions start with re:",
+            )
