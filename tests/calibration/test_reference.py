@@ -1,0 +1,163 @@
+"""The layer-at-a-time execution against transformers' own forward pass and naive quantized arithmetic."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from llmopt.calibration.reference import Reference, quantize_per_token
+from llmopt.optimizer.errors import InputError, UnsupportedError
+from llmopt.optimizer.model import DenseWeight, QuantWeight
+from llmopt.optimizer.scheme import PRESETS
+
+IDS = torch.arange(3 * 17).reshape(3, 17) % 101
+# Sums of some hundred float32 terms in another order differ by a few of their last bits.
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def int8(weight, scheme="W8A8"):
+    scale = weight.abs().amax(1, keepdim=True) / 127
+    return QuantWeight((weight / scale).round().to(torch.int8), scale, None, PRESETS[scheme])
+
+
+def naive_per_token(x):
+    rows = []
+    for row in x.reshape(-1, x.shape[-1]):
+        m = row.abs().max()
+        rows.append(row if m == 0 else torch.round(row / m * 127) * m / 127)
+    return torch.stack(rows).reshape(x.shape)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_word_embeddings": False},
+        {"attention_bias": True, "mlp_bias": True},
+        {"head_dim": 20},
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}},
+    ],
+    ids=["tied", "untied", "biases", "head-dim", "scaled-rope"],
+)
+def test_logits_are_those_of_transformers(pair_of, changes):
+    model, network = pair_of(**changes)
+    with torch.no_grad():
+        expected = network(IDS).logits
+    torch.testing.assert_close(Reference(model).logits(IDS), expected, **CLOSE)
+
+
+def test_each_layer_gives_the_hidden_states_of_transformers(pair_of):
+    model, network = pair_of()
+    with torch.no_grad():
+        expected = network(IDS, output_hidden_states=True).hidden_states
+    reference = Reference(model)
+    hidden = reference.embed(IDS)
+    torch.testing.assert_close(hidden, expected[0])
+    for index in range(model.num_layers - 1):  # the last one of transformers' list is normed already
+        hidden = reference.layer(index, hidden)
+        torch.testing.assert_close(hidden, expected[index + 1], **CLOSE)
+
+
+def test_micro_batches_do_not_change_the_result(pair_of):
+    model, network = pair_of(max_position_embeddings=1024)
+    ids = torch.randint(0, 101, (3, 900), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = network(ids).logits
+    torch.testing.assert_close(Reference(model).logits(ids), expected, **CLOSE)
+
+
+def test_only_one_part_is_in_memory_at_a_time(pair_of):
+    model, _ = pair_of(tie_word_embeddings=False)
+    reference = Reference(model)
+    hidden = reference.layer(1, reference.layer(0, reference.embed(IDS)))
+    filled = {name for name, value in reference.network.named_parameters() if not value.is_meta}
+    assert {name.rsplit(".layers.")[-1].split(".")[0] for name in filled} == {"1", "model"}
+    reference.head(hidden)
+    filled = {name for name, value in reference.network.named_parameters() if not value.is_meta}
+    assert filled == {"lm_head.weight", "model.norm.weight"}
+
+
+def test_decoding_with_a_cache_gives_the_same_logits(pair_of):
+    model, network = pair_of()
+    reference, cache = Reference(model, resident=True), DynamicCache()
+    with torch.no_grad():
+        expected = network(IDS).logits
+    torch.testing.assert_close(reference.decode(IDS[:, :5], cache), expected[:, 4], **CLOSE)
+    for position in range(5, 9):
+        torch.testing.assert_close(
+            reference.decode(IDS[:, position : position + 1], cache), expected[:, position], **CLOSE
+        )
+
+
+def test_a_resident_reference_agrees_with_a_streaming_one(pair_of):
+    model, _ = pair_of()
+    torch.testing.assert_close(Reference(model, resident=True).logits(IDS), Reference(model).logits(IDS))
+
+
+def test_weight_only_quantization_runs_on_the_values_the_integers_stand_for(pair_of):
+    model, network = pair_of()
+    changed = {name: int8(model.weights[name].dense(), "W8A16") for name in model.weights if "mlp" in name}
+    network.load_state_dict({name: weight.dense() for name, weight in changed.items()}, strict=False)
+    with torch.no_grad():
+        expected = network(IDS).logits
+    torch.testing.assert_close(Reference(model.with_weights(changed)).logits(IDS), expected, **CLOSE)
+
+
+def test_w8a8_rounds_what_enters_each_linear_and_a_tied_table_serves_both_ends(pair_of):
+    model, network = pair_of()
+    changed = {model.weight_of(name): int8(model.weights[model.weight_of(name)].dense()) for name in model.linears()}
+    network.load_state_dict({name: weight.dense() for name, weight in changed.items()}, strict=False)
+    for name in model.linears():
+        network.get_submodule(name).register_forward_pre_hook(lambda module, inputs: (naive_per_token(inputs[0]),))
+    with torch.no_grad():
+        expected = network(IDS).logits
+    # A value within float error of a tie may round either way, which moves a logit by one activation step.
+    difference = (Reference(model.with_weights(changed)).logits(IDS) - expected).abs()
+    assert difference.mean() < 1e-3
+    assert difference.median() < 1e-5
+
+
+def test_per_token_rounding_is_the_naive_one():
+    x = torch.randn(4, 7, 33, generator=torch.Generator().manual_seed(1))
+    x[1, 2] = 0
+    rounded = quantize_per_token(x)
+    torch.testing.assert_close(rounded, naive_per_token(x))
+    half_step = x.abs().amax(-1, keepdim=True) / 254
+    assert ((rounded - x).abs() <= half_step * (1 + 1e-5)).all()
+    assert (rounded[1, 2] == 0).all()
+
+
+def test_the_model_is_left_alone(pair_of):
+    model, _ = pair_of()
+    before = {name: weight.dense().clone() for name, weight in model.weights.items()}
+    Reference(model).logits(IDS)
+    assert all(torch.equal(model.weights[name].dense(), value) for name, value in before.items())
+
+
+def test_the_number_of_threads_is_put_back(pair_of):
+    model, _ = pair_of()
+    before = torch.get_num_threads()
+    Reference(model, threads=before + 1).logits(IDS)
+    assert torch.get_num_threads() == before
+
+
+def test_a_missing_weight_is_named(pair_of):
+    model, _ = pair_of()
+    name = "model.layers.1.mlp.up_proj.weight"
+    weights = {key: value for key, value in model.weights.items() if key != name}
+    reference = Reference(type(model)(model.arch, model.config, weights, model.source))
+    with pytest.raises(InputError, match=name):
+        reference.logits(IDS)
+
+
+def test_a_weight_of_another_shape_is_named(pair_of):
+    model, _ = pair_of()
+    name = "model.norm.weight"
+    with pytest.raises(InputError, match=r"model.norm.weight has shape \[7\], config.json asks for \[48\]"):
+        Reference(model.with_weights({name: DenseWeight.of(torch.ones(7))}))
+
+
+def test_an_unknown_model_type_is_refused(pair_of):
+    model, _ = pair_of()
+    config = {**model.config, "model_type": "lllama"}
+    with pytest.raises(UnsupportedError, match="lllama"):
+        Reference(type(model)(model.arch, config, model.weights, model.source))
