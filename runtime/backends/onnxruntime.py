@@ -1,7 +1,7 @@
 """Runs an ONNX engine in ONNX Runtime, with the KV cache bound in place on a pool of slots.
 
 Past and present of a layer are the same memory, so a step writes only the new tokens. A prefill call binds one slot of
-the pool by pointer; a decode call binds the slots ``0 .. n-1``, which lie one behind the other. Neither copies anything.
+the pool by pointer; a decode call binds the slots ``0 .. n-1``, which lie one behind the other. Neither copies.
 """
 
 from pathlib import Path
