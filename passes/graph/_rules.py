@@ -1,0 +1,72 @@
+"""Applies rewrite rules to a graph and records what they did, and where a near-match was declined and why."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import onnx_ir as ir
+from onnx_ir.passes import common
+from onnxscript.rewriter import pattern
+
+from llmopt.optimizer.contracts import PassContext
+
+__all__ = ["apply_rules", "attribute", "producer"]
+
+
+class _Declined(pattern.MatchingTracer):  # type: ignore[misc]
+    """Collects the reasons of rules whose pattern matched and whose check said no."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reasons: list[str] = []
+
+    def log(self, rule: Any, container: Any, node: ir.Node, match_result: Any, status: Any) -> None:
+        """See ``MatchingTracer.log``."""
+        if status == pattern.MatchStatus.CONDITION_FAILED:
+            where = node.outputs[0].name
+            self.reasons.append(f"{where}: {match_result.reason}")
+
+
+def apply_rules(
+    graph: ir.Model,
+    rules: Iterable[pattern.RewriteRule],
+    context: PassContext,
+    *,
+    commute: bool = False,
+) -> int:
+    """Apply ``rules`` until none matches, tidy the graph, and record ``applied`` and ``declined``.
+
+    Args:
+        graph: Changed in place.
+        rules: Tried on each node in this order.
+        context: Where the counts and reasons go.
+        commute: Whether additions and multiplications also match with their operands exchanged.
+
+    Returns:
+        How often a rule applied.
+    """
+    rule_set = pattern.RewriteRuleSet(list(rules), commute=commute)
+    applied = 0
+    while count := rule_set.apply_to_model(graph):
+        applied += count
+        # Merges what several matches made alike, which lets the next round see one consumer instead of two.
+        common.TopologicalSortPass()(graph)
+        common.CommonSubexpressionEliminationPass()(graph)
+        common.RemoveUnusedNodesPass()(graph)
+        common.ShapeInferencePass()(graph)
+    tracer = _Declined()
+    rule_set.apply_to_model(graph, tracer=tracer)
+    context.detail("applied", applied)
+    context.detail("declined", sorted(set(tracer.reasons)))
+    return applied
+
+
+def producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
+    """The node that makes ``value``, if its operator is ``op_type``."""
+    node = value.producer() if value is not None else None
+    return node if node is not None and node.op_type == op_type else None
+
+
+def attribute(node: ir.Node, name: str, default: int) -> int:
+    """An integer attribute of ``node``."""
+    found = node.attributes.get(name)
+    return default if found is None else int(found.as_int())

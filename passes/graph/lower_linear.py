@@ -1,0 +1,116 @@
+"""Lower quantized linears to ONNX Runtime's integer kernels."""
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from onnxscript.rewriter import pattern
+
+from llmopt.optimizer.contracts import GraphPass, PassContext
+from llmopt.passes.graph._nbits import BlockWeight, block_weight
+from llmopt.passes.graph._rules import apply_rules, attribute
+
+__all__ = ["LowerLinear", "matmul_nbits"]
+
+_MICROSOFT = "com.microsoft"
+
+
+class _PerTokenRule(pattern.RewriteRuleClassBase):  # type: ignore[misc]
+    """W8A8: ``m = max|x|; MatMulIntegerToFloat(QuantizeLinear(x / m), W) * m``, a scale for each token.
+
+    The activations are uint8 around 128: only u8 x s8 reaches the AMX and VNNI kernels, s8 x s8 is up to 100
+    times slower. MatMulIntegerToFloat takes one activation scale, so each row's own is divided out before and
+    multiplied back after. The integer sum is exact: a row's result does not depend on what shares its batch.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(name="lower_linear W8A8", remove_nodes=False)
+
+    def pattern(self, op: Any, x: Any, values: Any, scale: Any) -> Any:
+        rounded = op.QuantizeDequantizePerToken(x, _domain="llmopt")
+        weight = op.DequantizeLinear(values, scale, _allow_other_attributes=True, _outputs=["weight"])
+        return op.MatMul(rounded, weight)
+
+    def check(self, context: Any, values: ir.Value, weight: ir.Value, **_: Any) -> Any:
+        result = pattern.MatchResult()
+        node = weight.producer()
+        assert node is not None
+        if values.dtype != ir.DataType.INT8:
+            return result.fail(f"the kernel multiplies int8 weights, not {values.dtype}")
+        if attribute(node, "axis", 1) != 1 or attribute(node, "block_size", 0):
+            return result.fail("the kernel takes one weight scale per output channel")
+        return result
+
+    def rewrite(self, op: Any, x: ir.Value, values: ir.Value, scale: ir.Value, **_: Any) -> Any:
+        largest = op.ReduceMax(op.Abs(x), op.Constant(value_ints=[-1]), keepdims=1)
+        step = op.Constant(value=ir.tensor(np.float32(1 / 127)))
+        middle = op.Constant(value=ir.tensor(np.uint8(128)))
+        quantized = op.QuantizeLinear(op.Div(x, largest), step, middle)
+        product = op.MatMulIntegerToFloat(quantized, values, step, scale, middle, _domain=_MICROSOFT)
+        return op.Mul(product, largest)
+
+
+class _WeightOnlyRule(pattern.RewriteRuleClassBase):  # type: ignore[misc]
+    """W4A16 and W8A16: ``MatMul(x, DequantizeLinear(...))`` -> ``MatMulNBits``."""
+
+    def __init__(self) -> None:
+        super().__init__(name="lower_linear weight-only", remove_nodes=False)
+
+    def pattern(self, op: Any, x: Any) -> Any:
+        weight = op.DequantizeLinear(_allow_other_inputs=True, _allow_other_attributes=True, _outputs=["weight"])
+        return op.MatMul(x, weight)
+
+    def check(self, context: Any, x: ir.Value, weight: ir.Value, **_: Any) -> Any:
+        result = pattern.MatchResult()
+        made_by = x.producer()
+        if made_by is not None and made_by.op_type == "QuantizeDequantizePerToken":
+            return result.fail("its activations are quantized too")
+        packed = block_weight(_node(weight), "weight", transposed=False)
+        return result.fail(packed) if isinstance(packed, str) else result
+
+    def rewrite(self, op: Any, x: ir.Value, weight: ir.Value) -> Any:
+        name = str(weight.name).removesuffix(".weight_dequantized")
+        packed = block_weight(_node(weight), name, transposed=False)
+        assert isinstance(packed, BlockWeight)
+        return matmul_nbits(op, x, packed)
+
+
+class _TransposedRule(pattern.RewriteRuleClassBase):  # type: ignore[misc]
+    """A tied head in float: ``MatMul(x, Transpose(table))`` -> ``FusedMatMul(x, table, transB=1)``."""
+
+    def pattern(self, op: Any, x: Any, table: Any) -> Any:
+        return op.MatMul(x, op.Transpose(table, perm=[1, 0]))
+
+    def check(self, context: Any, table: ir.Value, **_: Any) -> Any:
+        result = pattern.MatchResult()
+        return result if table.is_initializer() else result.fail("the transposed value is no initializer")
+
+    def rewrite(self, op: Any, x: ir.Value, table: ir.Value) -> Any:
+        return op.FusedMatMul(x, table, transB=1, _domain=_MICROSOFT)
+
+
+def _node(value: ir.Value) -> ir.Node:
+    node = value.producer()
+    assert node is not None
+    return node
+
+
+def matmul_nbits(op: Any, x: ir.Value, weight: BlockWeight) -> Any:
+    """``x`` times a packed weight. accuracy_level 4 rounds activations to int8 per block inside the kernel."""
+    tensors = (weight.values, weight.scales, weight.zero_points)
+    inputs = [op.initializer(tensor, name=tensor.name) for tensor in tensors if tensor is not None]
+    return op.MatMulNBits(
+        x, *inputs, K=weight.k, N=weight.n, bits=weight.bits, block_size=weight.block, accuracy_level=4,
+        _domain=_MICROSOFT,
+    )  # fmt: skip
+
+
+class LowerLinear(GraphPass):
+    """Integer weights multiplied as integers, instead of turned into floats first."""
+
+    def run(self, graph: ir.Model, context: PassContext) -> ir.Model:
+        """See ``GraphPass.run``."""
+        apply_rules(graph, [_PerTokenRule.rule(), _WeightOnlyRule.rule(), _TransposedRule.rule()], context)
+        if any(node.op_type == "MatMulNBits" for node in graph.graph):
+            context.note("MatMulNBits rounds activations to int8 per block inside the kernel (accuracy_level 4)")
+        return graph
