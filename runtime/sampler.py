@@ -1,7 +1,8 @@
 """Chooses the next token of every row of a batch: greedy or sampled, each row by its own options and its own generator.
 
-The wide work (penalties, softmax, the k-th largest) is done on the whole batch at once. What a row draws depends on
-nothing but its logits, its options and its generator, so it is the same alone and in any batch.
+The wide work (softmax, argmax, log-probabilities) is done on the whole batch at once, and what remains per row is a few
+calls on a few candidates. What a row draws depends on nothing but its logits, its options and its generator, so it is
+the same alone and in any batch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,8 @@ import numpy.typing as npt
 from llmopt.runtime.backends.base import FloatArray, IntArray
 
 __all__ = ["Row", "Sampling", "TokenLogprob", "sample", "score"]
+
+_BLOCK = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,11 +124,19 @@ def sample(logits: FloatArray, rows: Sequence[Row]) -> tuple[IntArray, list[Toke
         tokens[greedy] = _pick(changed, greedy).argmax(axis=1)
     if drawn:
         tokens[drawn] = _draw(_pick(changed, drawn), [rows[i] for i in drawn])
-    logprobs: list[TokenLogprob | None] = [None] * len(rows)
-    for i, row in enumerate(rows):
-        if row.sampling.logprobs is not None:
-            logprobs[i] = score(logits[i : i + 1], tokens[i : i + 1], row.sampling.logprobs)[0]
-    return tokens, logprobs
+    return tokens, _report(logits, tokens, rows)
+
+
+def _report(logits: FloatArray, tokens: IntArray, rows: Sequence[Row]) -> list[TokenLogprob | None]:
+    """The log-probabilities of the rows that asked for them."""
+    result: list[TokenLogprob | None] = [None] * len(rows)
+    asked = [(i, row.sampling.logprobs) for i, row in enumerate(rows) if row.sampling.logprobs is not None]
+    if asked:
+        picked = [i for i, _ in asked]
+        scored = score(_pick(logits, picked), tokens[picked], max(top for _, top in asked))
+        for (i, top), entry in zip(asked, scored, strict=True):
+            result[i] = TokenLogprob(entry.token, entry.logprob, entry.top[:top])
+    return result
 
 
 def score(logits: FloatArray, tokens: IntArray, top: int) -> list[TokenLogprob]:
@@ -153,8 +164,18 @@ def _largest(values: FloatArray, count: int) -> IntArray:
     """Indices of the ``count`` largest values, largest first, the lower index first where values are equal."""
     if count == 0:
         return np.empty(0, np.int64)
-    found = np.sort(np.argpartition(values, -count)[-count:])
-    return found[np.argsort(-values[found], kind="stable")]
+    found = np.flatnonzero(values >= _bound(values, min(count, len(values))))
+    return found[np.argsort(-values[found], kind="stable")[:count]]
+
+
+def _bound(values: FloatArray, count: int) -> np.float32:
+    """A bound that at least ``count`` values reach, and few others.
+
+    The ``count``-th largest of the blocks' maxima: at least that many blocks have a value there or above. Partitioning
+    a few hundred maxima costs a tenth of partitioning the vocabulary.
+    """
+    maxima = np.maximum.reduceat(values, np.arange(0, len(values), _BLOCK)) if len(values) > _BLOCK * count else values
+    return np.float32(np.partition(maxima, -count)[-count])
 
 
 def _pick(logits: FloatArray, rows: list[int]) -> FloatArray:
@@ -181,43 +202,51 @@ def _draw(logits: FloatArray, rows: Sequence[Row]) -> IntArray:
     """
     temperature = np.array([row.sampling.temperature for row in rows], np.float32)
     weights = np.exp((logits - logits.max(axis=1, keepdims=True)) / temperature[:, None])
-    floors = np.maximum([row.sampling.min_p for row in rows], _kth_largest(weights, rows))
-    result = np.empty(len(rows), np.int64)
-    for i, (row, floor) in enumerate(zip(rows, floors, strict=True)):
-        tokens = np.flatnonzero(weights[i] >= floor)
-        result[i] = _draw_one(weights[i, tokens], tokens, row)
-    return result
+    return np.array([_draw_one(row_weights, row) for row_weights, row in zip(weights, rows, strict=True)])
 
 
-def _kth_largest(weights: FloatArray, rows: Sequence[Row]) -> npt.NDArray[np.float64]:
-    """The weight of each row's ``top_k``-th token, 0 for rows without a limit: float64 ``[rows]``."""
-    vocab = weights.shape[1]
-    places = [vocab - row.sampling.top_k if 0 < row.sampling.top_k < vocab else 0 for row in rows]
-    if not any(places):
-        return np.zeros(len(rows))
-    ordered = np.partition(weights, sorted(set(places) - {0}), axis=1)
-    return np.array([ordered[i, place] if place else 0.0 for i, place in enumerate(places)])
-
-
-def _draw_one(weights: FloatArray, tokens: IntArray, row: Row) -> int:
-    """Draw one of ``tokens`` by inverting the cumulative sum of their weights.
+def _draw_one(weights: FloatArray, row: Row) -> int:
+    """Draw a token by inverting the cumulative sum of the weights that the row's limits leave.
 
     Args:
-        weights: float32 ``[candidates]``, not normalized.
-        tokens: int64 ``[candidates]``, ascending.
-        row: Whose ``top_p`` and generator are used.
+        weights: float32 ``[vocab]``, not normalized, the largest is 1.
+        row: Whose limits and generator are used.
     """
-    share = row.sampling.top_p
-    if share < 1:
-        total = weights.sum(dtype=np.float64)
-        # All tokens below this weight hold less than 1 - top_p together: only the rest needs sorting.
-        heavy = weights >= (1 - share) * total / len(weights)
-        weights, tokens = weights[heavy], tokens[heavy]
-        order = np.argsort(-weights, kind="stable")
-        weights, tokens = weights[order], tokens[order]
-        cumulative = np.cumsum(weights, dtype=np.float64)
-        cumulative = cumulative[: int(np.searchsorted(cumulative, share * total)) + 1]
-    else:
-        cumulative = np.cumsum(weights, dtype=np.float64)
-    place = int(np.searchsorted(cumulative, row.generator.random() * cumulative[-1], side="right"))
-    return int(tokens[min(place, len(cumulative) - 1)])
+    options, uniform = row.sampling, row.generator.random()
+    floor = max(options.min_p, _kth_largest(weights, options.top_k))
+    if floor == 0 and options.top_p == 1:
+        return _invert_by_blocks(weights, uniform)
+    tokens = np.flatnonzero(weights >= floor)
+    weights = weights[tokens]
+    if options.top_p == 1:
+        return int(tokens[_invert(np.cumsum(weights, dtype=np.float64), uniform)])
+    total = weights.sum(dtype=np.float64)
+    # All tokens below this weight hold less than 1 - top_p together: only the rest needs sorting.
+    heavy = np.flatnonzero(weights >= (1 - options.top_p) * total / len(weights))
+    order = heavy[np.argsort(-weights[heavy], kind="stable")]
+    cumulative = np.cumsum(weights[order], dtype=np.float64)
+    nucleus = int(np.searchsorted(cumulative, options.top_p * total)) + 1
+    return int(tokens[order[_invert(cumulative[:nucleus], uniform)]])
+
+
+def _kth_largest(weights: FloatArray, k: int) -> float:
+    """The k-th largest weight, or 0 when k sets no limit."""
+    if not 0 < k < len(weights):
+        return 0.0
+    return float(np.partition(weights[weights >= _bound(weights, k)], -k)[-k])
+
+
+def _invert(cumulative: npt.NDArray[np.float64], uniform: float) -> int:
+    """The first place whose cumulative sum is above ``uniform`` times the total."""
+    place = int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
+    return min(place, len(cumulative) - 1)
+
+
+def _invert_by_blocks(weights: FloatArray, uniform: float) -> int:
+    """``_invert`` of all weights' cumulative sum, of which only one block is computed."""
+    sums = np.cumsum(np.add.reduceat(weights, np.arange(0, len(weights), _BLOCK), dtype=np.float64))
+    block = _invert(sums, uniform)
+    before = sums[block - 1] if block else 0.0
+    inside = before + np.cumsum(weights[block * _BLOCK : (block + 1) * _BLOCK], dtype=np.float64)
+    place = int(np.searchsorted(inside, uniform * sums[-1], side="right"))
+    return block * _BLOCK + min(place, len(inside) - 1)
