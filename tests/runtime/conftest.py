@@ -1,5 +1,6 @@
-"""A one-layer ONNX engine that follows the contract, small enough to check by hand."""
+"""A one-layer ONNX engine that follows the contract, small enough to check by hand, and a tokenizer of bytes."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import pytest
+import tokenizers
 from onnx import TensorProto, helper, numpy_helper
 
 from llmopt.optimizer.manifest import Engine, TensorInfo
@@ -139,3 +141,27 @@ def tiny_engine(tmp_path_factory: pytest.TempPathFactory) -> TinyEngine:
         min_chunk=2,
     )
     return TinyEngine(directory, engine, weights)
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tokenizer files with one token per byte, two special tokens and a chat template; 258 tokens."""
+    directory = tmp_path_factory.mktemp("byte-tokenizer")
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    model = tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, [])
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    write = {
+        "tokenizer_config.json": {"bos_token": {"content": "<s>"}, "eos_token": "</s>"},
+        "generation_config.json": {"eos_token_id": [257]},
+    }
+    for name, content in write.items():
+        (directory / name).write_text(json.dumps(content))
+    (directory / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+        "{{ bos_token }}{{ m.role }}:{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    return directory
