@@ -17,9 +17,9 @@ from ruamel.yaml.reader import ReaderError
 from llmopt.optimizer.errors import Problem
 from llmopt.optimizer.recipe_syntax import explain_syntax
 
-__all__ = ["Document", "Path", "Place", "dotted", "parse", "scalar_of"]
+__all__ = ["Document", "Keys", "Place", "dotted", "parse", "scalar_of"]
 
-Path = tuple[str | int, ...]
+Keys = tuple[str | int, ...]
 """Keys and list positions from the top of a recipe to a value."""
 
 _TAG = "tag:yaml.org,2002:"
@@ -59,12 +59,12 @@ class Document:
     """
 
     data: Any
-    places: dict[Path, Place]
-    keys: dict[Path, Place] = field(default_factory=dict)
-    unquoted: set[Path] = field(default_factory=set)
+    places: dict[Keys, Place]
+    keys: dict[Keys, Place] = field(default_factory=dict)
+    unquoted: set[Keys] = field(default_factory=set)
     problems: list[Problem] = field(default_factory=list)
 
-    def problem(self, path: Path, what: str, hint: str | None = None, *, at_key: bool = False) -> Problem:
+    def problem(self, path: Keys, what: str, hint: str | None = None, *, at_key: bool = False) -> Problem:
         """A mistake at ``path``, or at the nearest thing around it that exists, with its file and line."""
         place = self.keys.get(path) if at_key else None
         around = path
@@ -73,7 +73,7 @@ class Document:
             around = around[:-1]
         return Problem(place.file, place.line, dotted(path), what, hint)
 
-    def graft(self, path: Path, other: "Document") -> None:
+    def graft(self, path: Keys, other: "Document") -> None:
         """Take over the places of ``other``, whose data the caller puts at ``path``."""
         depth = len(path)
         self.places = {each: place for each, place in self.places.items() if each[:depth] != path}
@@ -84,7 +84,7 @@ class Document:
         self.unquoted |= {path + below for below in other.unquoted}
 
 
-def dotted(path: Path) -> str:
+def dotted(path: Keys) -> str:
     """``passes.0.gptq``, as in messages and in ``--set``."""
     return ".".join(str(part) for part in path)
 
@@ -136,14 +136,14 @@ class _Reader:
     def __init__(self, file: str, line: int | None) -> None:
         self.file = file
         self.line = line
-        self.places: dict[Path, Place] = {}
-        self.keys: dict[Path, Place] = {}
-        self.unquoted: set[Path] = set()
+        self.places: dict[Keys, Place] = {}
+        self.keys: dict[Keys, Place] = {}
+        self.unquoted: set[Keys] = set()
         self.problems: list[Problem] = []
         self._around: list[Node] = []
         self._overflowed = False
 
-    def read(self, node: Node, path: Path, key: Place) -> Any:
+    def read(self, node: Node, path: Keys, key: Place) -> Any:
         """The data of ``node``. Its place is its own when it is a scalar that is not empty, else ``key``."""
         is_written = isinstance(node, ScalarNode) and bool(node.value or node.style)
         self.places[path] = self._place(node) if is_written else key
@@ -165,10 +165,10 @@ class _Reader:
         self._around.pop()
         return data
 
-    def _sequence(self, node: SequenceNode, path: Path) -> list[Any]:
+    def _sequence(self, node: SequenceNode, path: Keys) -> list[Any]:
         return [self.read(item, (*path, index), self._place(item)) for index, item in enumerate(node.value)]
 
-    def _mapping(self, node: Node, path: Path) -> dict[str, Any]:
+    def _mapping(self, node: Node, path: Keys) -> dict[str, Any]:
         if str(node.tag) != f"{_TAG}map":
             self._complain(path, f"has the tag {_shown_tag(node)}, which recipes do not know", "remove the tag")
         data: dict[str, Any] = {}
@@ -192,7 +192,7 @@ class _Reader:
                 data[key] = self.read(value, (*path, key), self._place(key_node))
         return data
 
-    def _inherited(self, node: Node, path: Path, seen: list[Node]) -> Iterator[tuple[Node, Node]]:
+    def _inherited(self, node: Node, path: Keys, seen: list[Node]) -> Iterator[tuple[Node, Node]]:
         """The entries that ``<<`` brings into a mapping, those that win first; each source counts once."""
         for key_node, value in node.value:
             if not _is_merge(key_node):
@@ -207,7 +207,7 @@ class _Reader:
                     yield from (pair for pair in source.value if not _is_merge(pair[0]))
                     yield from self._inherited(source, path, seen)
 
-    def _key(self, node: Node, path: Path) -> str | None:
+    def _key(self, node: Node, path: Keys) -> str | None:
         """The text of a key; None, with a problem noted, when it is something else."""
         value = self._value_of(node) if isinstance(node, ScalarNode) else node
         if isinstance(value, str):
@@ -218,7 +218,7 @@ class _Reader:
         self.problems.append(Problem(place.file, place.line, dotted(path), what, "keys are names, as in scheme: W8A8"))
         return None
 
-    def _scalar(self, node: ScalarNode, path: Path) -> Any:
+    def _scalar(self, node: ScalarNode, path: Keys) -> Any:
         if str(node.tag) != f"{_TAG}str" and str(node.tag) not in _CORE_TAGS:
             self._complain(path, f"has the tag {_shown_tag(node)}, which recipes do not know", "remove the tag")
             return None
@@ -232,7 +232,7 @@ class _Reader:
     def _place(self, node: Node) -> Place:
         return Place(self.file, self.line or node.start_mark.line + 1)
 
-    def _complain(self, path: Path, what: str, hint: str | None = None) -> None:
+    def _complain(self, path: Keys, what: str, hint: str | None = None) -> None:
         place = self.places[path]
         self.problems.append(Problem(place.file, place.line, dotted(path), what, hint))
 

@@ -1,0 +1,146 @@
+"""A recipe: what to build, checked as a whole before any work starts.
+
+``Recipe.load`` reads the file, applies ``--set`` and the environment, imports the passes and exporters that are named,
+and reports every mistake at once with its line.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+
+from llmopt.optimizer.contracts import Exporter, WeightPass
+from llmopt.optimizer.errors import InputError, Problem, RecipeError
+from llmopt.optimizer.gates import Gate
+from llmopt.optimizer.recipe_text import Document, parse
+
+__all__ = ["Calibration", "NamedExporter", "NamedPass", "Recipe", "Resources", "Settings"]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Calibration(_Part):
+    """The text that passes look at."""
+
+    source: Path | None = Field(
+        None, description="A .jsonl or text file, relative to the recipe; omitted: text sampled from the model."
+    )
+    field: str = Field("text", min_length=1, description="The field of each line of a .jsonl file.")
+    samples: PositiveInt = Field(128, description="How many pieces of text.")
+    tokens: PositiveInt = Field(1024, ge=2, description="Tokens per piece.")
+
+
+class Resources(_Part):
+    """What a build may use of this machine."""
+
+    max_ram_gb: float | None = Field(None, gt=0, description="Memory limit in GB; omitted: all there is.")
+    threads: PositiveInt | None = Field(None, description="Threads; omitted: one per core.")
+
+
+class Settings(_Part):
+    """Everything in a recipe but its passes and exporters."""
+
+    version: Literal[1] = Field(description="Of the recipe format: 1.")
+    model: str = Field(
+        min_length=1,
+        description="A directory, a .gguf file, a hub id as ORG/NAME@REVISION, or pypi:NAME==VERSION/path/in/wheel.",
+    )
+    calibration: Calibration | None = Field(None, description="Text for the passes that need some.")
+    accept: tuple[Gate, ...] = Field((), description="Gates: a build that misses one is rejected.")
+    verify: Literal["none", "quick", "full"] = Field(
+        "quick", description="How thoroughly each pass is checked against the model before it."
+    )
+    strict: bool = Field(False, description="Whether a fallback is an error instead of a note.")
+    resources: Resources = Field(Resources(), description="Limits on memory and threads.")
+    seed: int = Field(0, ge=0, le=2**63 - 1, description="The only source of randomness.")
+
+
+@dataclass(frozen=True, slots=True)
+class NamedPass:
+    """A weight pass and the name it has in the recipe."""
+
+    name: str
+    instance: WeightPass
+
+
+@dataclass(frozen=True, slots=True)
+class NamedExporter:
+    """An exporter and the name it has in the recipe."""
+
+    name: str
+    instance: Exporter
+
+
+class Recipe(Settings):
+    """A recipe in which everything is resolved: pass and exporter objects instead of names."""
+
+    passes: tuple[NamedPass, ...]
+    export: tuple[NamedExporter, ...]
+    base: Path = Field(description="The recipe's directory, which paths in it are relative to.")
+
+    @staticmethod
+    def load(path: Path, overrides: Sequence[str] = ()) -> "Recipe":
+        """Read and check a recipe.
+
+        Args:
+            path: The file.
+            overrides: Of ``--set``, each as ``passes.0.round_to_nearest.group_size=64``.
+
+        Raises:
+            InputError: There is no such file, or it cannot be read.
+            RecipeError: With every mistake found.
+        """
+        from llmopt.optimizer.recipe_check import checked
+        from llmopt.optimizer.recipe_edit import override, substitute
+
+        document = _read(path)
+        if document.data is not None or not document.problems:
+            override(document, overrides)
+            substitute(document, os.environ)
+            recipe = checked(document, path.parent)
+            if recipe is not None:
+                return recipe
+        raise RecipeError(sorted(set(document.problems), key=_order))
+
+    def resolved(self) -> dict[str, Any]:
+        """The recipe with every default filled in, as plain data that is equal for equal recipes.
+
+        Paths are as written, so it does not say where the recipe was; it is itself a recipe.
+        """
+        plain = self.model_dump(mode="json", exclude={"passes", "export", "base"}, exclude_none=True)
+        plain["passes"] = [_named(each.name, each.instance) for each in self.passes]
+        plain["export"] = [_named(each.name, each.instance) for each in self.export]
+        return plain
+
+
+def _named(name: str, options: BaseModel) -> dict[str, Any]:
+    return {name: options.model_dump(mode="json", exclude_none=True)}
+
+
+def _order(problem: Problem) -> tuple[bool, int, str, str]:
+    return problem.file == "--set", problem.line, problem.path, problem.what
+
+
+def _read(path: Path) -> Document:
+    """The text of a recipe as a document.
+
+    Raises:
+        InputError: There is no such file, or it cannot be read.
+    """
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError as error:
+        raise InputError(f"there is no recipe {path}", hint="llmopt init MODEL writes one") from error
+    except OSError as error:
+        raise InputError(f"cannot read the recipe {path}: {error.strerror}") from error
+    try:
+        return parse(raw.decode("utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        problem = Problem(str(path), line, "", "is not UTF-8 text", "save it as UTF-8")
+        raise RecipeError([problem]) from error
