@@ -11,7 +11,10 @@ __all__ = ["Gate", "Percent"]
 def _fraction(value: object) -> object:
     """``"3%"`` -> 0.03; numbers are fractions already."""
     if isinstance(value, str) and value.strip().endswith("%"):
-        return float(value.strip().removesuffix("%")) / 100
+        try:
+            return float(value.strip().removesuffix("%")) / 100
+        except ValueError as error:
+            raise ValueError(f"{value!r} is no percentage; write 3% or 0.03") from error
     return value
 
 
@@ -24,7 +27,7 @@ _LIMITS = {"kl": ("max",), "top1": ("min",), "perplexity": ("max", "max_increase
 class Gate(BaseModel):
     """One limit: the build is rejected when the metric is beyond it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     metric: Literal["kl", "top1", "perplexity"] = Field(
         description="kl: mean KL divergence from the source model, in nats per token; top1: share of tokens whose "

@@ -1,24 +1,16 @@
-"""Whether a recipe's parts exist and fit together: names, options, schemes on targets, gates, files."""
+"""Whether a recipe's parts fit together: one quantizer, schemes on targets, gates, files."""
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from llmopt.optimizer import loader
-from llmopt.optimizer.contracts import Exporter, QuantPass, WeightPass
-from llmopt.optimizer.errors import InputError
-from llmopt.optimizer.loader import Kind
+from llmopt.optimizer.contracts import QuantPass
 from llmopt.optimizer.recipe import NamedExporter, NamedPass, Recipe, Settings
 from llmopt.optimizer.recipe_errors import shown, validated
-from llmopt.optimizer.recipe_text import Document, Keys
+from llmopt.optimizer.recipe_steps import LISTS, Step, steps
+from llmopt.optimizer.recipe_text import Document, Keys, dotted
 from llmopt.optimizer.target import Target
 
 __all__ = ["checked"]
-
-_Step = TypeVar("_Step", WeightPass, Exporter)
-_Steps = list[tuple[int, str, _Step]]
-"""Position in the list, name, object."""
-
-_LISTS: dict[str, Kind] = {"passes": "passes", "export": "exporters"}
 
 
 def checked(document: Document, base: Path) -> Recipe | None:
@@ -33,97 +25,36 @@ def checked(document: Document, base: Path) -> Recipe | None:
         what = "is empty" if data is None else f"must be a mapping (key: value), not {shown(data)}"
         document.problems.append(document.problem((), what, "llmopt init MODEL writes a recipe to start from"))
         return None
-    plain = {key: value for key, value in data.items() if key not in _LISTS}
-    settings = validated(Settings, plain, document, (), also=_LISTS)
-    passes: _Steps[WeightPass] = _steps(document, "passes")
-    exporters: _Steps[Exporter] = _steps(document, "export")
-    _check_quantizers(document, passes, exporters)
-    _check_exports(document, exporters)
-    _check_gates(document, exporters)
+    settings = validated(
+        Settings, {key: value for key, value in data.items() if key not in LISTS}, document, (), also=LISTS
+    )
+    passes, export = steps(document, "passes"), steps(document, "export")
+    _check_quantizers(document, passes, export)
+    _check_exports(document, export)
+    _check_gates(document, export)
     _check_files(document, base)
     if settings is None or document.problems:
         return None
     return Recipe(
         **dict(settings),
-        passes=tuple(NamedPass(name, each) for _, name, each in passes),
-        export=tuple(NamedExporter(name, each) for _, name, each in exporters),
+        passes=tuple(NamedPass(each.name, each.instance) for each in passes),
+        export=tuple(NamedExporter(each.name, each.instance) for each in export),
         base=base,
     )
 
 
-def _steps(document: Document, key: str) -> _Steps[Any]:
-    """The objects that the list ``key`` names; items that are wrong are left out, with a problem each."""
-    items = document.data.get(key, [])
-    if not isinstance(items, list):
-        hint = f"write {key}: [] for none" if items is None else "start each item with '- '"
-        document.problems.append(document.problem((key,), f"must be a list, not {shown(items)}", hint))
-        return []
-    found = []
-    for index, item in enumerate(items):
-        named = _named(document, key, index, item)
-        if named is not None and (step := _step(document, key, index, *named)) is not None:
-            found.append((index, named[0], step))
-    return found
-
-
-def _named(document: Document, key: str, index: int, item: Any) -> tuple[str, Any] | None:
-    """Name and options of one list item, which is ``name`` or ``name: {options}``."""
-    if isinstance(item, str):
-        return item, {}
-    if isinstance(item, dict) and len(item) == 1:
-        return next(iter(item.items()))
-    path = (key, index)
-    if not isinstance(item, dict) or not item:
-        what = f"must be a name, or name: {{options}}, not {shown(item) if item else 'nothing'}"
-        document.problems.append(document.problem(path, what))
-        return None
-    name, *others = item
-    what = f"has {len(item)} keys, and an item names one thing: {', '.join(item)}"
-    hint = f"indent the options of {name} further than its name" if item[name] is None else "give each its own '- '"
-    document.problems.append(document.problem((*path, others[0]), what, hint, at_key=True))
-    return None
-
-
-def _step(document: Document, key: str, index: int, name: str, options: Any) -> Any:
-    """The pass or exporter ``name`` with its options; None when something about it is wrong."""
-    path = (key, index, name)
-    try:
-        found = loader.load(_LISTS[key], name)
-    except InputError as error:
-        hint = _elsewhere(_LISTS[key], name) or error.hint
-        document.problems.append(document.problem((key, index), error.message, hint))
-        return None
-    if options is None:
-        options = {}
-    if not isinstance(options, dict):
-        what = f"the options of {name} must be a mapping, not {shown(options)}"
-        document.problems.append(document.problem(path, what, f"as in {name}: {{option: value}}"))
-        return None
-    return validated(found, options, document, path)
-
-
-def _elsewhere(kind: Kind, name: str) -> str | None:
-    """A hint for a name that exists in another place of a recipe."""
-    if kind == "passes" and name in loader.names("exporters"):
-        return f"{name} is an exporter: it belongs under export"
-    if kind == "exporters" and name in loader.names("passes"):
-        return f"{name} is a weight pass: it belongs under passes"
-    if name in loader.names("passes.graph"):
-        return f"{name} is a graph pass: a recipe does not name those, the export's target does"
-    return None
-
-
-def _check_quantizers(document: Document, passes: _Steps[WeightPass], exporters: _Steps[Exporter]) -> None:
+def _check_quantizers(document: Document, passes: list[Step], export: list[Step]) -> None:
     """One quantizing pass at most, and every scheme of it must run on every target."""
-    quantizers = [(index, name, each) for index, name, each in passes if isinstance(each, QuantPass)]
-    for index, name, _ in quantizers[1:]:
-        what = f"its linears are already quantized by passes.{quantizers[0][0]}.{quantizers[0][1]}"
+    quantizers = [each for each in passes if issubclass(each.kind, QuantPass)]
+    for each in quantizers[1:]:
+        what = f"its linears are already quantized by {dotted(quantizers[0].path)}"
         hint = "keep one of them, and give some modules another scheme with its overrides"
-        document.problems.append(document.problem(("passes", index, name), what, hint, at_key=True))
-    targets = {target.name: target for _, _, exporter in exporters for target in exporter.targets()}
-    for index, name, each in quantizers:
+        document.problems.append(document.problem(each.path, what, hint, at_key=True))
+    targets = {target.name: target for each in export if each.instance for target in each.instance.targets()}
+    for each in quantizers:
         for target in targets.values():
-            _check_schemes(document, ("passes", index, name), each, target)
+            if each.instance:
+                _check_schemes(document, each.path, each.instance, target)
 
 
 def _check_schemes(document: Document, path: Keys, quantizer: QuantPass, target: Target) -> None:
@@ -142,23 +73,23 @@ def _check_schemes(document: Document, path: Keys, quantizer: QuantPass, target:
         document.problems.append(document.problem(each, reason))
 
 
-def _check_exports(document: Document, exporters: _Steps[Exporter]) -> None:
+def _check_exports(document: Document, export: list[Step]) -> None:
     if document.data.get("export", []) == []:
         what = "nothing to export: a recipe names at least one exporter"
         document.problems.append(document.problem(("export",), what, "as in - onnx: {target: cpu}"))
-    for position, (index, name, exporter) in enumerate(exporters):
-        for earlier, _, other in exporters[:position]:
-            if exporter == other:
-                what = f"is the same as export.{earlier}.{name}"
-                document.problems.append(document.problem(("export", index, name), what, "remove one", at_key=True))
-                break
+    for position, each in enumerate(export):
+        same = [other for other in export[:position] if each.instance and other.instance == each.instance]
+        if same:
+            what = f"is the same as {dotted(same[0].path)}"
+            document.problems.append(document.problem(each.path, what, "remove one", at_key=True))
 
 
-def _check_gates(document: Document, exporters: _Steps[Exporter]) -> None:
+def _check_gates(document: Document, export: list[Step]) -> None:
     """Gates are measured on an engine, so there has to be one."""
-    written = document.data.get("export")
-    is_complete = isinstance(written, list) and len(written) == len(exporters)
-    if document.data.get("accept") and is_complete and not any(each.targets() for _, _, each in exporters):
+    written = document.data.get("export", [])
+    makes_none = isinstance(written, list) and len(written) == len(export)
+    makes_none = makes_none and all(each.instance and not each.instance.targets() for each in export)
+    if document.data.get("accept") and makes_none:
         what = "nothing can be measured, because no item of export makes an engine"
         document.problems.append(document.problem(("accept",), what, "export an engine too, or remove the gates"))
 
@@ -176,7 +107,7 @@ def _check_files(document: Document, base: Path) -> None:
             continue
         file = base / name
         if not file.is_file():
-            what = f"{name} is {'a directory' if file.is_dir() else 'no file'}"
+            what = f"{name} is a directory" if file.is_dir() else f"there is no file {name}"
             document.problems.append(document.problem(path, what, f"paths are relative to {base.resolve()}"))
         elif file.stat().st_size == 0:
             document.problems.append(document.problem(path, f"{name} is empty"))

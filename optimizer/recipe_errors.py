@@ -56,7 +56,10 @@ def validated(
     except ValidationError as error:
         details = error.errors(include_url=False)
     options = _Options(model, also)
-    for below, complaints in _by_path(details, data).items():
+    by_path = _by_path(details, data)
+    for below, complaints in by_path.items():
+        if _is_misspelt(below, by_path):
+            continue
         what, hint = _explained(complaints, below, options, is_quoted=path + below not in document.unquoted)
         at_key = complaints[0]["type"] == "extra_forbidden"
         document.problems.append(document.problem(path + below, what, hint, at_key=at_key))
@@ -101,6 +104,15 @@ def _real_path(detail: ErrorDetails, data: Any) -> Keys:
     return tuple(path)
 
 
+def _is_misspelt(path: Keys, by_path: Mapping[Keys, list[ErrorDetails]]) -> bool:
+    """Whether a missing option is there after all, under a name that is nearly its own and has its own complaint."""
+    if not path or by_path[path][0]["type"] != "missing":
+        return False
+    unknown = [str(each[-1]) for each, about in by_path.items() if about[0]["type"] == "extra_forbidden"]
+    beside = [name for name in unknown if (*path[:-1], name) in by_path]
+    return nearest(str(path[-1]), beside).startswith("did you mean")
+
+
 def _explained(
     complaints: list[ErrorDetails], path: Keys, options: "_Options", *, is_quoted: bool
 ) -> tuple[str, str | None]:
@@ -129,7 +141,8 @@ def _wanted(complaint: ErrorDetails) -> str | None:
     kind = complaint["type"]
     if kind in _BOUNDS:
         name, words = _BOUNDS[kind]
-        return f"{words} {complaint['ctx'][name]}"
+        bound = complaint["ctx"][name]
+        return f"{words} {bound:g}" if isinstance(bound, float) else f"{words} {bound}"
     if kind in ("literal_error", "enum"):
         return str(complaint["ctx"]["expected"])
     if kind == "string_too_short":
