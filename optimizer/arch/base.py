@@ -18,6 +18,8 @@ class Arch:
         layer: A decoder layer's module name.
         embedding, final_norm, head: Module names outside the layers.
         gguf: The architecture's name in a GGUF file; None when that format has none.
+        gguf_interleaves: Whether that format stores the rows of query and key with the two halves of each head
+            interleaved, for llama.cpp's older rotary embedding.
     """
 
     name: str
@@ -30,6 +32,7 @@ class Arch:
     final_norm: str = "model.norm"
     head: str = "lm_head"
     gguf: str | None = None
+    gguf_interleaves: bool = False
 
     def layer_linears(self, num_layers: int) -> list[str]:
         """Module names of the linears of every layer, in data order."""

@@ -9,4 +9,5 @@ ARCH = Arch(
     mlp=("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
     norms=("input_layernorm", "post_attention_layernorm"),
     gguf="llama",
+    gguf_interleaves=True,
 )

@@ -1,0 +1,162 @@
+"""GGUF files as a model source: tensors under Hugging Face names, dequantized when asked for."""
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+
+from llmopt.optimizer.arch.base import Arch
+from llmopt.optimizer.checkpoint import some
+from llmopt.optimizer.errors import InputError, UnsupportedError
+from llmopt.optimizer.gguf_header import Header, TensorEntry
+from llmopt.optimizer.model import DenseWeight
+
+__all__ = ["architecture", "open_weights", "rope_parameters"]
+
+# Frequency factors of Llama 3.1 and later; their config.json says where they come from, GGUF stores only the result.
+_ROPE_FACTORS = "rope_freqs.weight"
+
+
+def architecture(header: Header, path: Path) -> str:
+    """The file's ``general.architecture``.
+
+    Raises:
+        InputError: It has none.
+        UnsupportedError: The file is one part of several, or one of its tensors cannot be dequantized.
+    """
+    name = header.metadata.get("general.architecture")
+    if not isinstance(name, str):
+        raise InputError(f"{path} names no general.architecture", hint="is it a model file?")
+    if header.metadata.get("split.count", 0) > 1:
+        raise UnsupportedError(
+            f"{path} is one of {header.metadata['split.count']} parts", hint="join them: llama-gguf-split --merge"
+        )
+    kinds = {entry.kind for entry in header.tensors.values()}
+    unknown = sorted(kind.name for kind in kinds if not _can_dequantize(kind))
+    if unknown:
+        raise UnsupportedError(
+            f"{path} stores tensors as {', '.join(unknown)}, which the gguf library cannot dequantize",
+            hint="take a file in F16, BF16, Q8_0 or a K-quant",
+        )
+    return name
+
+
+def open_weights(
+    path: Path, header: Header, arch: Arch, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, DenseWeight]:
+    """Every tensor of the file as a float32 weight that is dequantized each time it is loaded.
+
+    Args:
+        path: The file.
+        header: Its header.
+        arch: The family, for the names.
+        config: The completed config, for the numbers of heads and layers.
+        shapes: Hugging Face parameter name -> shape, of all parameters the model may have.
+
+    Raises:
+        InputError: A tensor that the model needs is missing.
+        UnsupportedError: The file holds tensors that the model has no place for.
+    """
+    names = _names(arch, int(config["num_hidden_layers"]), shapes)
+    if config["tie_word_embeddings"]:
+        names.pop(f"{arch.head}.weight", None)
+    missing = [f"{theirs} ({ours})" for ours, theirs in names.items() if theirs not in header.tensors]
+    if missing:
+        raise InputError(f"{path} lacks {len(missing)} tensors that its metadata asks for: {some(missing)}")
+    extra = sorted(header.tensors.keys() - set(names.values()) - {_ROPE_FACTORS})
+    if extra:
+        raise UnsupportedError(f"{path} holds tensors that a plain {arch.name} model has no place for: {some(extra)}")
+    # Copy-on-write, because torch warns of arrays it could not write to.
+    data = np.memmap(path, mode="c")
+    heads = _interleaved_heads(arch, config) if arch.gguf_interleaves else {}
+    weights = {}
+    for ours, theirs in names.items():
+        entry = header.tensors[theirs]
+        count = next((heads[module] for module in heads if f".{module}." in ours), 0)
+        weights[ours] = DenseWeight(entry.shape, torch.float32, partial(_load, data, entry, count))
+    return weights
+
+
+def rope_parameters(path: Path, header: Header, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config's ``rope_parameters`` with the scaling that transformers leaves in the file.
+
+    Raises:
+        UnsupportedError: The scaling is neither linear nor Llama 3's.
+    """
+    parameters = dict(config["rope_parameters"])
+    prefix = f"{header.metadata['general.architecture']}.rope.scaling"
+    scaling = header.metadata.get(f"{prefix}.type", "none")
+    if scaling == "linear":
+        return {**parameters, "rope_type": "linear", "factor": float(header.metadata[f"{prefix}.factor"])}
+    if scaling != "none":
+        raise UnsupportedError(f"{path}: rope scaling {scaling} cannot be read from a GGUF file")
+    if _ROPE_FACTORS not in header.tensors:
+        return parameters
+    factors = _load(np.memmap(path, mode="c"), header.tensors[_ROPE_FACTORS], 0)
+    llama3 = {
+        "rope_type": "llama3",
+        "factor": round(float(factors.max()), 3),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    expected = _llama3_factors(int(config["head_dim"]), float(parameters["rope_theta"]), llama3)
+    # The file holds them in float32 of a float64 or float32 computation.
+    if expected.shape != factors.shape or not torch.allclose(expected, factors, rtol=1e-4):
+        raise UnsupportedError(f"{path}: {_ROPE_FACTORS} is not the scaling of a Llama 3 model")
+    return {**parameters, **llama3}
+
+
+def _llama3_factors(head_dim: int, theta: float, rope: Mapping[str, Any]) -> Tensor:
+    """By what each of the ``head_dim / 2`` frequencies is divided: float32.
+
+    Source: Llama 3.1's frequency scaling as in transformers' ``rope_type: llama3``.
+    """
+    original = rope["original_max_position_embeddings"]
+    low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
+    factors = []
+    for index in range(0, head_dim, 2):
+        wavelength = 2 * math.pi * theta ** (index / head_dim)
+        smooth = min(max((original / wavelength - low) / (high - low), 0.0), 1.0)
+        factors.append(1 / ((1 - smooth) / factor + smooth))
+    return torch.tensor(factors, dtype=torch.float32)
+
+
+def _can_dequantize(kind: gguf.GGMLQuantizationType) -> bool:
+    _, size = gguf.GGML_QUANT_SIZES[kind]
+    try:
+        gguf.dequantize(np.zeros((1, size), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _names(arch: Arch, num_layers: int, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """Hugging Face parameter name -> tensor name in the file."""
+    kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == arch.gguf)
+    table = gguf.get_tensor_name_map(kind, num_layers)
+    return {name: table.get_name(name, try_suffixes=(".weight", ".bias")) or name for name in shapes}
+
+
+def _interleaved_heads(arch: Arch, config: Mapping[str, Any]) -> dict[str, int]:
+    """The query and key linears, below a layer, with their numbers of heads."""
+    query, key = arch.attention[:2]
+    return {query: int(config["num_attention_heads"]), key: int(config["num_key_value_heads"])}
+
+
+def _load(data: np.ndarray[Any, Any], entry: TensorEntry, interleaved_heads: int) -> Tensor:
+    """The tensor in float32; with heads given, the two halves of each head's rows are put apart again."""
+    block, size = gguf.GGML_QUANT_SIZES[entry.kind]
+    packed = np.asarray(data[entry.offset : entry.offset + entry.nbytes])
+    rows = packed.reshape(*entry.shape[:-1], entry.shape[-1] // block * size)
+    tensor = torch.from_numpy(gguf.dequantize(rows, entry.kind))
+    if not interleaved_heads:
+        return tensor
+    pairs = tensor.reshape(interleaved_heads, -1, 2, *tensor.shape[1:])
+    return pairs.transpose(1, 2).reshape(tensor.shape)

