@@ -1,30 +1,13 @@
-"""Writes a graph node by node: named values, constants made once, and weights that stay unread until saved."""
+"""Writes a graph node by node, with named values and constants made once."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir import tape
 
-__all__ = ["GraphBuilder", "lazy"]
-
-
-def lazy(name: str, dtype: ir.DataType, shape: Sequence[int], make: Callable[[], np.ndarray]) -> ir.LazyTensor:
-    """A tensor whose numbers are made when the file is written, and not kept.
-
-    Args:
-        name: The initializer's name.
-        dtype: Of the result; 4-bit types take int8 or uint8 arrays of one value an element.
-        shape: Of the result.
-        make: Returns the array, of ``shape``.
-    """
-    return ir.LazyTensor(
-        lambda: ir.tensor(np.ascontiguousarray(make()), dtype=dtype, name=name),
-        dtype=dtype,
-        shape=ir.Shape(shape),
-        name=name,
-    )
+__all__ = ["GraphBuilder"]
 
 
 class GraphBuilder:

@@ -5,7 +5,8 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from llmopt.exporters.onnx.builder import GraphBuilder, lazy
+from llmopt.exporters.onnx.builder import GraphBuilder
+from llmopt.optimizer.lazy_tensor import lazy_tensor
 from llmopt.optimizer.model import DenseWeight, QuantWeight, Weight
 
 __all__ = ["linear_weight", "table", "vector"]
@@ -19,7 +20,7 @@ def _array(tensor: Tensor) -> np.ndarray:
 
 def vector(builder: GraphBuilder, name: str, weight: Weight) -> ir.Value:
     """A norm's weight or a linear's bias, float32 ``[n]``."""
-    return builder.initializer(lazy(name, ir.DataType.FLOAT, weight.shape, lambda: _array(weight.dense())))
+    return builder.initializer(lazy_tensor(name, ir.DataType.FLOAT, weight.shape, lambda: _array(weight.dense())))
 
 
 def linear_weight(builder: GraphBuilder, module: str, weight: Weight) -> ir.Value:
@@ -31,14 +32,16 @@ def linear_weight(builder: GraphBuilder, module: str, weight: Weight) -> ir.Valu
     name = f"{module}.weight"
     if isinstance(weight, DenseWeight):
         rows, columns = weight.shape
-        return builder.initializer(lazy(name, ir.DataType.FLOAT, (columns, rows), lambda: _array(weight.dense().T)))
+        return builder.initializer(
+            lazy_tensor(name, ir.DataType.FLOAT, (columns, rows), lambda: _array(weight.dense().T))
+        )
     return _dequantized(builder, name, weight, transposed=True)
 
 
 def table(builder: GraphBuilder, name: str, weight: Weight) -> ir.Value:
     """An embedding table, float32 ``[vocabulary, columns]``: an initializer, or DequantizeLinear of one."""
     if isinstance(weight, DenseWeight):
-        return builder.initializer(lazy(name, ir.DataType.FLOAT, weight.shape, lambda: _array(weight.dense())))
+        return builder.initializer(lazy_tensor(name, ir.DataType.FLOAT, weight.shape, lambda: _array(weight.dense())))
     return _dequantized(builder, name, weight, transposed=False)
 
 
@@ -55,7 +58,7 @@ def _dequantized(builder: GraphBuilder, name: str, weight: QuantWeight, *, trans
     def initializer(suffix: str, kind: ir.DataType, tensor: Tensor, *, flat: bool) -> ir.Value:
         shape = (tensor.shape[0],) if flat else tuple(tensor.T.shape if transposed else tensor.shape)
         return builder.initializer(
-            lazy(f"{base}.{suffix}", kind, shape, lambda: _array(tensor[:, 0]) if flat else laid_out(tensor))
+            lazy_tensor(f"{base}.{suffix}", kind, shape, lambda: _array(tensor[:, 0]) if flat else laid_out(tensor))
         )
 
     inputs = [

@@ -1,14 +1,15 @@
 """Packs a DequantizeLinear weight for ONNX Runtime's block-quantized kernels."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from llmopt.optimizer.lazy_tensor import lazy_tensor
 from llmopt.passes.graph._rules import attribute
 
-__all__ = ["BlockWeight", "block_size", "block_weight", "pack_bits"]
+__all__ = ["BlockWeight", "block_size", "block_weight", "matmul_nbits", "pack_bits"]
 
 _BITS = {ir.DataType.INT8: 8, ir.DataType.INT4: 4}
 _MAX_BLOCK = {8: 64, 4: 32}
@@ -90,23 +91,28 @@ def block_weight(node: ir.Node, name: str, *, transposed: bool) -> BlockWeight |
     def repeated(tensor: ir.TensorProtocol) -> np.ndarray:
         return np.repeat(rows(tensor), repeat, axis=1)[:, :blocks]
 
-    def lazy(suffix: str, dtype: ir.DataType, shape: tuple[int, ...], make: Callable[[], np.ndarray]) -> ir.LazyTensor:
-        full = f"{name}.{suffix}"
-        return ir.LazyTensor(
-            lambda: ir.tensor(np.ascontiguousarray(make()), dtype=dtype, name=full),
-            dtype=dtype, shape=ir.Shape(shape), name=full,
-        )  # fmt: skip
+    def packed_zeros(tensor: ir.TensorProtocol) -> np.ndarray:
+        return pack_bits((repeated(tensor).astype(np.int16) + middle).astype(np.uint8), bits)
 
-    zero_points = None
-    if zeros is not None:
-        zero_shape = (n, -(-blocks * bits // 8))
-        zero_points = lazy(
-            "zero_points", ir.DataType.UINT8, zero_shape,
-            lambda: pack_bits((repeated(zeros).astype(np.int16) + middle).astype(np.uint8), bits),
-        )  # fmt: skip
+    uint8 = ir.DataType.UINT8
     return BlockWeight(
-        n, k, bits, block,
-        lazy("blocks", ir.DataType.UINT8, (n, blocks, block * bits // 8), packed_values),
-        lazy("scales", ir.DataType.FLOAT, (n, blocks), lambda: repeated(scales)),
-        zero_points,
+        n=n,
+        k=k,
+        bits=bits,
+        block=block,
+        values=lazy_tensor(f"{name}.blocks", uint8, (n, blocks, block * bits // 8), packed_values),
+        scales=lazy_tensor(f"{name}.scales", ir.DataType.FLOAT, (n, blocks), lambda: repeated(scales)),
+        zero_points=None
+        if zeros is None
+        else lazy_tensor(f"{name}.zero_points", uint8, (n, -(-blocks * bits // 8)), lambda: packed_zeros(zeros)),
+    )
+
+
+def matmul_nbits(op: Any, x: ir.Value, weight: BlockWeight) -> Any:
+    """``x`` times a packed weight. accuracy_level 4 rounds activations to int8 per block inside the kernel."""
+    tensors = (weight.values, weight.scales, weight.zero_points)
+    inputs = [op.initializer(tensor, name=tensor.name) for tensor in tensors if tensor is not None]
+    return op.MatMulNBits(
+        x, *inputs, K=weight.k, N=weight.n, bits=weight.bits, block_size=weight.block, accuracy_level=4,
+        _domain="com.microsoft",
     )  # fmt: skip

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from llmopt.optimizer.lazy_tensor import lazy_tensor
 from llmopt.passes.graph._rules import attribute, producer
 
 __all__ = ["pack_biases", "pack_weights", "refusal"]
@@ -62,12 +63,7 @@ def _joined(op: Any, values: Sequence[ir.Value], *, name: str) -> Any:
     tensors = [tensor for value in values if (tensor := value.const_value) is not None]
     first = tensors[0]
     shape = [*first.shape.numpy()[:-1], sum(tensor.shape.numpy()[-1] for tensor in tensors)]
-    joined = ir.LazyTensor(
-        lambda: ir.tensor(
-            np.concatenate([tensor.numpy() for tensor in tensors], axis=-1), dtype=first.dtype, name=name
-        ),
-        dtype=first.dtype,
-        shape=ir.Shape(shape),
-        name=name,
+    joined = lazy_tensor(
+        name, first.dtype, shape, lambda: np.concatenate([tensor.numpy() for tensor in tensors], axis=-1)
     )
     return op.initializer(joined, name=name)

@@ -3,14 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 from onnxscript.rewriter import pattern
 
 from llmopt.optimizer.contracts import GraphPass, PassContext
-from llmopt.passes.graph._nbits import BlockWeight, block_weight
+from llmopt.optimizer.lazy_tensor import lazy_tensor
+from llmopt.passes.graph._nbits import BlockWeight, block_weight, matmul_nbits
 from llmopt.passes.graph._rules import apply_rules, attribute
-from llmopt.passes.graph.lower_linear import matmul_nbits
 
 __all__ = ["LowerEmbedding"]
 
@@ -63,14 +62,8 @@ class _PerChannelRule(_TiedRule):
         assert values is not None
         assert values.const_value is not None
         tensor, name = values.const_value, f"{values.name}.transposed"
-        shape = ir.Shape(reversed(tensor.shape.numpy()))
-        columns = op.initializer(
-            ir.LazyTensor(
-                lambda: ir.tensor(np.ascontiguousarray(tensor.numpy().T), name=name),
-                dtype=tensor.dtype, shape=shape, name=name,
-            ),
-            name=name,
-        )  # fmt: skip
+        shape = list(reversed(tensor.shape.numpy()))
+        columns = op.initializer(lazy_tensor(name, tensor.dtype, shape, lambda: tensor.numpy().T), name=name)
         gathered = op.Transpose(op.Gather(columns, ids, axis=1), perm=[1, 2, 0])
         scales = op.Unsqueeze(op.Gather(scale, ids, axis=0), op.Constant(value_ints=[-1]))
         embedded = op.Mul(op.Cast(gathered, to=ir.DataType.FLOAT.value), scales)

@@ -7,10 +7,10 @@ import onnx_ir as ir
 from onnxscript.rewriter import pattern
 
 from llmopt.optimizer.contracts import GraphPass, PassContext
-from llmopt.passes.graph._nbits import BlockWeight, block_weight
+from llmopt.passes.graph._nbits import BlockWeight, block_weight, matmul_nbits
 from llmopt.passes.graph._rules import apply_rules, attribute
 
-__all__ = ["LowerLinear", "matmul_nbits"]
+__all__ = ["LowerLinear"]
 
 _MICROSOFT = "com.microsoft"
 
@@ -93,16 +93,6 @@ def _node(value: ir.Value) -> ir.Node:
     node = value.producer()
     assert node is not None
     return node
-
-
-def matmul_nbits(op: Any, x: ir.Value, weight: BlockWeight) -> Any:
-    """``x`` times a packed weight. accuracy_level 4 rounds activations to int8 per block inside the kernel."""
-    tensors = (weight.values, weight.scales, weight.zero_points)
-    inputs = [op.initializer(tensor, name=tensor.name) for tensor in tensors if tensor is not None]
-    return op.MatMulNBits(
-        x, *inputs, K=weight.k, N=weight.n, bits=weight.bits, block_size=weight.block, accuracy_level=4,
-        _domain=_MICROSOFT,
-    )  # fmt: skip
 
 
 class LowerLinear(GraphPass):

@@ -1,0 +1,106 @@
+"""An ONNX engine: the model as a graph with in-place KV, lowered for the target that will execute it."""
+
+from pathlib import Path
+from typing import Literal
+
+import onnx_ir as ir
+from pydantic import Field, PositiveInt
+
+from llmopt.exporters.onnx.lowering import lowered_graph
+from llmopt.exporters.onnx.rope import check_rope
+from llmopt.exporters.onnx.verify import Level, verify_lowering
+from llmopt.optimizer.contracts import Exporter, PassContext
+from llmopt.optimizer.errors import UnsupportedError
+from llmopt.optimizer.manifest import Engine, PassRecord, TensorInfo
+from llmopt.optimizer.model import DenseWeight, Model
+from llmopt.optimizer.target import TARGETS, Target
+
+__all__ = ["Onnx"]
+
+_DTYPES = {ir.DataType.FLOAT: "float32", ir.DataType.INT64: "int64"}
+_MAX_CHUNK = 512
+
+
+class Onnx(Exporter):
+    """Write ``engine/model.onnx`` and its external data."""
+
+    target: Literal["cpu"] = Field("cpu", description="What executes the engine: cpu, by ONNX Runtime.")
+    capacity: PositiveInt | None = Field(
+        None,
+        description="The longest sequence in tokens; omitted: the model's max_position_embeddings.",
+    )
+
+    def targets(self) -> list[Target]:
+        """See ``Exporter.targets``."""
+        return [TARGETS[self.target]]
+
+    def check(self, model: Model) -> None:
+        """See ``Exporter.check``.
+
+        Raises:
+            UnsupportedError: An activation, rope type or capacity that this exporter has no graph for.
+        """
+        check_rope(model.config)
+        activation = model.config.get("hidden_act", "silu")
+        if activation != "silu":
+            raise UnsupportedError(f"the MLP's activation {activation!r} is not supported", hint="supported: silu")
+        longest = int(model.config["max_position_embeddings"])
+        if self.capacity is not None and self.capacity > longest:
+            raise UnsupportedError(
+                f"capacity {self.capacity} is beyond the model's {longest} positions", hint="lower it or leave it out"
+            )
+
+    def estimate(self, model: Model) -> int:
+        """Bytes the engine's files will take, nearly: weights as stored, floats as float32."""
+        weights = model.weights.values()
+        return sum(4 * w.nbytes // w.dtype.itemsize if isinstance(w, DenseWeight) else w.nbytes for w in weights)
+
+    def export(
+        self, model: Model, directory: Path, context: PassContext, *, verify: Level = "quick", strict: bool = False
+    ) -> tuple[Engine, list[PassRecord]]:
+        """See ``Exporter.export``.
+
+        Raises:
+            VerificationError: The lowered graph does not compute what the standard graph does.
+        """
+        target = TARGETS[self.target]
+        capacity = self.capacity or int(model.config["max_position_embeddings"])
+        verdicts = verify_lowering(model, target, level=verify, seed=context.seed)
+        graph, records = lowered_graph(model, target, capacity=capacity, strict=strict)
+        records.append(PassRecord(name="verify", options={"level": verify}, changed=False, details=verdicts))
+        folder = directory / "engine"
+        folder.mkdir(parents=True)
+        ir.save(graph, folder / "model.onnx", external_data="model.onnx.data", callback=_progress(context))
+        return self._describe(model, graph, capacity), records
+
+    def _describe(self, model: Model, graph: ir.Model, capacity: int) -> Engine:
+        config = model.config
+        return Engine(
+            exporter="onnx",
+            target=self.target,
+            path="engine/model.onnx",
+            inputs=[_info(value) for value in graph.graph.inputs],
+            outputs=[_info(value) for value in graph.graph.outputs],
+            num_layers=model.num_layers,
+            kv_heads=config["num_key_value_heads"],
+            head_dim=config["head_dim"],
+            kv_dtype="float32",
+            vocab_size=config["vocab_size"],
+            capacity=capacity,
+            max_chunk=min(_MAX_CHUNK, capacity),
+            min_chunk=2,
+        )
+
+
+def _progress(context: PassContext):  # type: ignore[no-untyped-def]
+    def report(_: ir.TensorProtocol, info: ir.external_data.CallbackInfo) -> None:
+        context.progress(info.index + 1, info.total)
+
+    return report
+
+
+def _info(value: ir.Value) -> TensorInfo:
+    assert value.shape is not None
+    assert value.dtype is not None
+    dims = [size if isinstance(size, int) else str(size) for size in value.shape]
+    return TensorInfo(name=str(value.name), dtype=_DTYPES[value.dtype], dims=dims)
