@@ -60,7 +60,9 @@ class ToyBackend:
         if not 0 < len(ids) <= self.engine.max_chunk or start + len(ids) > self.capacity:
             raise ValueError(f"a chunk of {len(ids)} tokens at {start}")
         self._cache[slot, start : start + len(ids)] = ids
-        return np.array([self._logits(slot, start + row + 1) for row in rows], np.float32).reshape(len(rows), -1)
+        return np.array([self._logits(slot, start + row + 1) for row in rows], np.float32).reshape(
+            len(rows), self.engine.vocab_size
+        )
 
     def decode(self, ids: IntArray, lengths: IntArray) -> FloatArray:
         """See ``Backend.decode``."""

@@ -1,0 +1,266 @@
+import random
+import threading
+
+import numpy as np
+import pytest
+
+from llmopt.runtime.backends.base import ExecutionError
+from llmopt.runtime.backends.toy import ToyBackend, toy_engine
+from llmopt.runtime.engine import Engine, EngineClosedError
+from llmopt.runtime.request import ContextLengthError, Generation, Request
+from llmopt.runtime.sampler import Sampling, score
+from llmopt.runtime.text import TextStream, Tokenizer
+
+VOCAB = 258
+
+
+@pytest.fixture
+def tokenizer(byte_tokenizer):
+    return Tokenizer(byte_tokenizer)
+
+
+class Asked:
+    """A request and everything that was said about it."""
+
+    def __init__(self, tokenizer, prompt, *, stop=(), **generation):
+        self.events = []
+        self.done = threading.Event()
+        options = {"max_tokens": 10, "sampling": Sampling(temperature=0)} | generation
+        self.request = Request(
+            np.array(prompt),
+            Generation(**options),
+            text=TextStream(tokenizer, stop=stop),
+            receive=self._receive,
+        )
+
+    def _receive(self, event):
+        self.events.append(event)
+        if event.finish:
+            self.done.set()
+
+    @property
+    def tokens(self):
+        return [event.token for event in self.events if event.token is not None]
+
+    @property
+    def text(self):
+        return "".join(event.text for event in self.events)
+
+    @property
+    def finish(self):
+        return self.events[-1].finish if self.events else None
+
+
+def backend(slots=4, **options):
+    return ToyBackend(toy_engine(vocab_size=VOCAB, capacity=96), slots=slots, **options)
+
+
+def run(engine, *asked):
+    for one in asked:
+        engine.submit(one.request)
+    while engine.step():
+        pass
+
+
+def greedy(prompt, count, **options):
+    """A plain loop without slots, batches or chunks."""
+    ids = list(prompt)
+    for _ in range(count):
+        fresh = ToyBackend(toy_engine(vocab_size=VOCAB, capacity=96, max_chunk=96), slots=1)
+        ids.append(int(fresh.prefill(0, np.array(ids), 0, np.array([len(ids) - 1]))[0].argmax()))
+    return ids[len(prompt) :]
+
+
+def test_greedy_answers_are_those_of_a_plain_loop(tokenizer):
+    asked = Asked(tokenizer, [5, 6, 7], max_tokens=12)
+    run(Engine(backend()), asked)
+    assert asked.tokens == greedy([5, 6, 7], 12)
+    assert asked.finish == "length"
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_requests_in_parallel_answer_as_they_do_alone(tokenizer, seed):
+    rng = random.Random(seed)
+
+    def one(i):
+        r = random.Random(1000 * seed + i)
+        prompt = [r.randrange(VOCAB) for _ in range(r.choice([1, 2, 17, 40, r.randint(1, 60)]))]
+        sampling = Sampling(temperature=r.choice([0, 1.0]), top_k=r.choice([0, 5]), seed=i, logprobs=2)
+        return Asked(tokenizer, prompt, max_tokens=r.randint(1, 20), sampling=sampling, stop_ids=frozenset({7, 8}))
+
+    together = [one(i) for i in range(15)]
+    engine, waiting = Engine(backend(slots=rng.randint(1, 5))), list(together)
+    while waiting or engine.step():
+        for _ in range(min(len(waiting), rng.randint(0, 3))):
+            engine.submit(waiting.pop(0).request)
+        if waiting:
+            engine.step()
+    for i, asked in enumerate(together):
+        alone = one(i)
+        run(Engine(backend(slots=1)), alone)
+        assert alone.tokens == asked.tokens
+        assert [e.logprob for e in alone.events] == [e.logprob for e in asked.events]
+        assert (alone.text, alone.finish) == (asked.text, asked.finish)
+
+
+def test_a_stop_token_ends_the_answer_and_is_not_in_its_text(tokenizer):
+    expected = greedy([1, 2], 10)
+    asked = Asked(tokenizer, [1, 2], stop_ids=frozenset({expected[4]}))
+    run(Engine(backend()), asked)
+    assert asked.tokens == expected[:5]
+    assert asked.finish == "stop"
+    stream = TextStream(tokenizer)
+    assert asked.text == "".join(stream.push(token) for token in expected[:4]) + stream.finish()
+
+
+def test_min_tokens_blocks_stop_tokens(tokenizer):
+    first = greedy([1, 2], 1)[0]
+    asked = Asked(tokenizer, [1, 2], stop_ids=frozenset({first}), min_tokens=3)
+    run(Engine(backend()), asked)
+    assert len(asked.tokens) >= 3
+    assert first not in asked.tokens[:3]
+
+
+def test_a_stop_string_ends_the_answer(tokenizer):
+    free = Asked(tokenizer, [9, 9], max_tokens=40)
+    run(Engine(backend()), free)
+    stop = free.text[5:7]
+    asked = Asked(tokenizer, [9, 9], max_tokens=40, stop=[stop])
+    run(Engine(backend()), asked)
+    assert asked.text == free.text[: free.text.index(stop)]
+    assert asked.finish == "stop"
+
+
+def test_a_prompt_is_scored_like_by_one_call(tokenizer):
+    prompt = [random.Random(3).randrange(VOCAB) for _ in range(50)]
+    asked = Asked(tokenizer, prompt, max_tokens=0, prompt_logprobs=2)
+    run(Engine(backend()), asked)
+    whole = ToyBackend(toy_engine(vocab_size=VOCAB, capacity=96, max_chunk=96), slots=1)
+    logits = whole.prefill(0, np.array(prompt), 0, np.arange(49))
+    assert asked.request.prompt_logprobs == score(logits, np.array(prompt[1:]), 2)
+    assert (asked.tokens, asked.finish) == ([], "length")
+
+
+def test_what_does_not_fit_is_refused_and_what_just_fits_is_served(tokenizer):
+    engine = Engine(backend())
+    with pytest.raises(ContextLengthError, match="the context has 96 tokens, but the prompt has 90"):
+        engine.submit(Asked(tokenizer, [1] * 90, max_tokens=7).request)
+    asked = Asked(tokenizer, [1] * 90, max_tokens=6)
+    run(engine, asked)
+    assert len(asked.tokens) == 6
+
+
+def test_cancelling_frees_the_slot_in_the_same_step(tokenizer):
+    engine = Engine(backend(slots=1))
+    first, second = Asked(tokenizer, [1, 2], max_tokens=50), Asked(tokenizer, [3, 4])
+    engine.submit(first.request)
+    engine.submit(second.request)
+    engine.step()
+    assert second.events == []
+    engine.cancel(first.request)
+    engine.step()
+    assert first.finish == "abort"
+    assert len(second.tokens) == 1
+    run(engine)
+    assert second.tokens == greedy([3, 4], 10)
+
+
+def test_cancelling_what_has_ended_does_nothing(tokenizer):
+    engine, asked = Engine(backend()), Asked(tokenizer, [1, 2])
+    run(engine, asked)
+    engine.cancel(asked.request)
+    engine.step()
+    assert asked.finish == "length"
+
+
+class Failing:
+    """Raises in the n-th run of a kind."""
+
+    def __init__(self, kind, at, error=ExecutionError):
+        self.kind, self.left, self.error = kind, at, error
+
+    def __call__(self, kind, slots):
+        if kind == self.kind:
+            self.left -= 1
+            if self.left == 0:
+                raise self.error("broken")
+
+
+def test_a_failing_prefill_ends_one_request_alone(tokenizer):
+    asked = [Asked(tokenizer, [i, 2, 3]) for i in range(4)]
+    run(Engine(backend(before_run=Failing("prefill", 2))), *asked)
+    assert [one.finish for one in asked] == ["length", "error", "length", "length"]
+    assert asked[1].events[-1].error == "broken"
+    for i in (0, 2, 3):
+        assert asked[i].tokens == greedy([i, 2, 3], 10)
+
+
+def test_a_failing_decode_ends_its_rows_and_the_prompt_being_written_goes_on(tokenizer):
+    engine = Engine(backend(before_run=Failing("decode", 2)))
+    short, long = Asked(tokenizer, [1, 2, 3]), Asked(tokenizer, list(range(60)))
+    run(engine, short, long)
+    assert short.finish == "error"
+    assert long.tokens == greedy(range(60), 10)
+
+
+def test_logits_that_are_no_numbers_end_their_request(tokenizer):
+    broken = backend()
+    decode = broken.decode
+
+    def half_broken(ids, lengths):
+        logits = decode(ids, lengths)
+        logits[0, 3] = np.nan
+        return logits
+
+    broken.decode = half_broken
+    asked = [Asked(tokenizer, [1, 2, 3]), Asked(tokenizer, [4, 5, 6], max_tokens=2)]
+    run(Engine(broken), *asked)
+    assert [one.finish for one in asked] == ["error", "length"]
+
+
+def test_the_thread_serves_and_stops(tokenizer):
+    engine, asked = Engine(backend()), [Asked(tokenizer, [i, 1]) for i in range(6)]
+    engine.start()
+    for one in asked:
+        engine.submit(one.request)
+    for i, one in enumerate(asked):
+        assert one.done.wait(10)
+        assert one.tokens == greedy([i, 1], 10)
+    engine.stop()
+    assert not engine.is_alive
+    with pytest.raises(EngineClosedError):
+        engine.submit(asked[0].request)
+
+
+def test_stopping_aborts_what_runs(tokenizer):
+    started, go = threading.Event(), threading.Event()
+
+    def wait(kind, slots):
+        started.set()
+        go.wait(10)
+
+    engine, asked = Engine(backend(before_run=wait)), Asked(tokenizer, [1, 2])
+    engine.start()
+    engine.submit(asked.request)
+    assert started.wait(10)
+    assert engine.seconds_in_step > 0
+    threading.Timer(0.05, go.set).start()
+    engine.stop()
+    assert asked.finish == "abort"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_bug_ends_all_requests_and_the_engine(tokenizer):
+    engine = Engine(backend(before_run=Failing("decode", 3, error=ZeroDivisionError)))
+    asked = [Asked(tokenizer, [i, 1]) for i in range(6)]
+    engine.start()
+    for one in asked:
+        try:
+            engine.submit(one.request)
+        except EngineClosedError:
+            one.done.set()
+    assert all(one.done.wait(10) for one in asked)
+    assert {one.finish for one in asked} <= {"error", None}
+    assert asked[0].events[-1].error == "the engine stopped: broken"
+    engine.stop()
+    assert not engine.is_alive
