@@ -42,7 +42,7 @@ dev: $(MADE) $(LINKS)  ## Environment for developing: editable install, links fo
 
 # DATA is a text, such as WikiText-2's wiki.valid.tokens; without it the texts are sampled from the model.
 bench: $(MADE)  ## Compare with onnxruntime-genai, measure accuracy, start and build: make bench DATA=wiki.valid.tokens
-	$(BIN)/python -m llmopt.benchmarks.all $(if $(DATA),--data '$(DATA)')
+	$(BIN)/python -m llmopt.benchmarks.suite $(if $(DATA),--data '$(DATA)')
 
 clean:  ## Remove builds, environments and caches, but not downloaded models
 	rm -rf out build dist *.egg-info .links .venv .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,262 @@
+"""Writes the generated parts of the documentation: ``make docs``; ``make check`` fails when one is stale.
+
+A generated part stands between ``<!-- begin: NAME -->`` and ``<!-- end -->`` in docs/*.md, README.md or
+CONTRIBUTING.md, where NAME is a key of ``BLOCKS``. Everything else in those files is written by hand.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from llmopt.optimizer import loader
+from llmopt.optimizer.cli.main import cli
+from llmopt.optimizer.gates import Gate
+from llmopt.optimizer.recipe import Settings
+from llmopt.optimizer.scheme import PRESETS, QuantSpec, Scheme
+from llmopt.optimizer.target import TARGETS
+
+ROOT = Path(__file__).parents[1]
+WIDTH = 100
+_SEPARATE = {Scheme.__name__, QuantSpec.__name__, Gate.__name__}
+"""Mappings with a section of their own."""
+
+_UNBOUNDED = 2**53
+"""Bounds from here on are those of a number format, of no interest to a reader."""
+
+Schema = Mapping[str, Any]
+
+
+def command_table() -> str:
+    """One line per command."""
+    context = click.Context(cli, info_name="llmopt")
+    names = cli.list_commands(context)
+    return table(("command", "what it does"), [(f"`llmopt {name}`", summary(command_of(name))) for name in names])
+
+
+def command_help() -> str:
+    """The help text of every command."""
+    parent = click.Context(cli, info_name="llmopt")
+    sections = []
+    for name in cli.list_commands(parent):
+        context = click.Context(command_of(name), info_name=name, parent=parent, terminal_width=WIDTH)
+        sections.append(f"## llmopt {name}\n\n```text\n{context.get_help().rstrip()}\n```")
+    return "\n\n".join(sections)
+
+
+def recipe_keys() -> str:
+    """The top level of a recipe."""
+    schema = Settings.model_json_schema()
+    steps = {
+        "passes": _list_of("pass", "Weight passes, in the order in which they run."),
+        "export": _list_of("exporter", "What to write."),
+    }
+    whole = {**schema, "properties": {**schema["properties"], **steps}, "required": [*schema["required"], *steps]}
+    return "\n\n".join([option_table(whole), *_nested_tables(schema)])
+
+
+def pass_options() -> str:
+    """Every weight pass with its options."""
+    return _option_sections("passes")
+
+
+def graph_passes() -> str:
+    """One line per graph pass."""
+    rows = [(f"`{name}`", text) for name, text in loader.names("passes.graph").items()]
+    return table(("graph pass", "what it does"), rows)
+
+
+def exporter_options() -> str:
+    """Every exporter with its options."""
+    return _option_sections("exporters")
+
+
+def gate_options() -> str:
+    """The keys of an ``accept`` entry."""
+    return option_table(Gate.model_json_schema())
+
+
+def scheme_table() -> str:
+    """The presets, and which targets run them."""
+    rows = []
+    for name, scheme in PRESETS.items():
+        inputs = "float" if scheme.input_activations is None else _spec_words(scheme.input_activations)
+        targets = ", ".join(target.name for target in TARGETS.values() if target.refusal(scheme) is None)
+        rows.append((f"`{name}`", _spec_words(scheme.weights), inputs, targets or "none yet"))
+    return table(("scheme", "weights", "inputs", "targets"), rows)
+
+
+def scheme_options() -> str:
+    """The long form of a scheme."""
+    return option_table(QuantSpec.model_json_schema())
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "commands": command_table,
+    "command help": command_help,
+    "recipe": recipe_keys,
+    "passes": pass_options,
+    "graph passes": graph_passes,
+    "exporters": exporter_options,
+    "gates": gate_options,
+    "schemes": scheme_table,
+    "scheme options": scheme_options,
+}
+
+
+def command_of(name: str) -> click.Command:
+    """The command called ``name``, imported."""
+    command = cli.get_command(click.Context(cli), name)
+    assert command is not None
+    return command
+
+
+def summary(command: click.Command) -> str:
+    """The first line of a command's help."""
+    return (command.help or "").partition("\n")[0]
+
+
+def option_table(schema: Schema) -> str:
+    """The properties of a pydantic model's JSON schema as a table."""
+    required = set(schema.get("required", ()))
+    definitions = schema.get("$defs", {})
+    rows = []
+    for name, option in schema.get("properties", {}).items():
+        default = "required" if name in required else _default(option.get("default"))
+        rows.append((f"`{name}`", type_words(option, definitions), default, option.get("description", "")))
+    return table(("key", "type", "default", "meaning"), rows) if rows else "It has no options."
+
+
+def type_words(option: Schema, definitions: Mapping[str, Schema]) -> str:
+    """A JSON schema's type in a few words, with its bounds."""
+    if "$ref" in option:
+        name = option["$ref"].rpartition("/")[2]
+        target = definitions.get(name, {})
+        return type_words(target, definitions) if "enum" in target else _named(name)
+    if "const" in option:
+        return f"`{option['const']}`"
+    if "enum" in option:
+        return ", ".join(f"`{value}`" for value in option["enum"])
+    for alternatives in ("anyOf", "oneOf"):
+        if alternatives in option:
+            words = (type_words(each, definitions) for each in option[alternatives] if each.get("type") != "null")
+            return " or ".join(dict.fromkeys(words))
+    if option.get("type") == "array":
+        return f"list of {type_words(option.get('items', {}), definitions)}"
+    return _scalar_words(option)
+
+
+def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    """A markdown table."""
+    escaped = [tuple(cell.replace("|", "\\|").replace("\n", " ") for cell in row) for row in rows]
+    lines = [header, tuple("---" for _ in header), *escaped]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def rendered(text: str) -> str:
+    """``text`` with every generated part made anew.
+
+    Raises:
+        KeyError: A part has a name that is not in ``BLOCKS``.
+    """
+    return re.sub(
+        r"(<!-- begin: (.+?) -->\n).*?(<!-- end -->)",
+        lambda found: f"{found[1]}\n{BLOCKS[found[2]]()}\n\n{found[3]}",
+        text,
+        flags=re.DOTALL,
+    )
+
+
+def _list_of(noun: str, description: str) -> Schema:
+    return {"type": "array", "items": {"$ref": noun}, "description": f"{description} Each is `name: {{options}}`."}
+
+
+def _option_sections(kind: loader.Kind) -> str:
+    sections = []
+    for name, text in loader.names(kind).items():
+        schema = loader.load(kind, name).model_json_schema()
+        parts = [f"### {name}", text, option_table(schema), *_nested_tables(schema)]
+        sections.append("\n\n".join(parts))
+    return "\n\n".join(sections)
+
+
+def _nested_tables(schema: Schema) -> list[str]:
+    """A table for each mapping that an option may hold."""
+    nested = {name: each for name, each in schema.get("$defs", {}).items() if "properties" in each}
+    shown = {name: each for name, each in nested.items() if name not in _SEPARATE}
+    return [
+        f"Keys of `{_named(name)}`:\n\n{option_table({**each, '$defs': schema['$defs']})}"
+        for name, each in shown.items()
+    ]
+
+
+def _spec_words(spec: QuantSpec) -> str:
+    shared = {"token": "per token", "channel": "per output channel", "tensor": "per tensor"}
+    scale = shared.get(spec.strategy, f"per {spec.group_size} input columns")
+    form = "symmetric" if spec.symmetric else "asymmetric"
+    return f"{spec.type}{spec.num_bits}, {form}, {'dynamic ' if spec.dynamic else ''}scale {scale}"
+
+
+def _named(name: str) -> str:
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()
+
+
+def _scalar_words(option: Schema) -> str:
+    words = {
+        "string": "text",
+        "integer": "integer",
+        "number": "number",
+        "boolean": "true or false",
+        "object": "mapping",
+    }
+    return f"{words.get(option.get('type', ''), 'any value')}{_bounds(option)}"
+
+
+def _bounds(option: Schema) -> str:
+    low, high = option.get("minimum"), option.get("maximum")
+    if high is not None and high >= _UNBOUNDED:
+        high = None
+    if low is not None and high is not None:
+        return f" from {_plain(low)} to {_plain(high)}"
+    above, below = option.get("exclusiveMinimum"), option.get("exclusiveMaximum")
+    if low is not None:
+        above = None
+    signs = ((">", above), (">=", low), ("<", below), ("<=", high))
+    return "".join(f" {sign} {_plain(bound)}" for sign, bound in signs if bound is not None)
+
+
+def _default(value: object) -> str:
+    if value is None or (isinstance(value, dict) and not any(value.values())):
+        return "not set"
+    return "empty" if value == [] else f"`{_plain(value)}`"
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def main() -> int:
+    """Rewrite the files, or with ``--check`` only name the stale ones."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; end with 1 when a file is stale")
+    check = parser.parse_args().check
+    stale = []
+    for path in [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]:
+        text = path.read_text("utf-8")
+        if (new := rendered(text)) != text:
+            stale.append(path)
+            if not check:
+                path.write_text(new, encoding="utf-8")
+    for path in stale:
+        sys.stderr.write(f"{path.relative_to(ROOT)} {'is stale: run `make docs`' if check else 'was written'}\n")
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
