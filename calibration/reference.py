@@ -26,10 +26,10 @@ def quantize_per_token(x: Tensor) -> Tensor:
     """Round each row to 255 levels between its largest magnitudes, as the W8A8 kernels do while they run.
 
     Args:
-        x: Float32 ``[..., in]``; each row of the last dimension is one token.
+        x: Floats ``[..., in]``; each row of the last dimension is one token.
 
     Returns:
-        Float32 ``[..., in]``: ``q * m / 127`` with m the row's largest magnitude and q an integer in -127..127, ties to
+        Floats ``[..., in]``: ``q * m / 127`` with m the row's largest magnitude and q an integer in -127..127, ties to
         even. No element moves by more than ``m / 254``. A row of zeros stays zero.
     """
     largest = x.abs().amax(dim=-1, keepdim=True)
@@ -38,7 +38,7 @@ def quantize_per_token(x: Tensor) -> Tensor:
 
 
 class Reference:
-    """A model in float32 on the CPU, with quantized weights as the numbers they stand for.
+    """A model on the CPU, with quantized weights as the numbers they stand for.
 
     Linears whose scheme quantizes activations get them quantized per token. One part's weights are in memory at a
     time, so call ``embed``, ``layer`` and ``head`` for all data before going on to the next part.
@@ -47,17 +47,26 @@ class Reference:
         model: What to run. Tied and untied heads, biases, dense and quantized weights.
         threads: PyTorch threads while it runs; None keeps the process's number.
         resident: Whether to load all weights once and keep them, as ``decode`` needs.
+        dtype: What it computes in. Anything but float32 is for text, not for judging.
 
     Raises:
         InputError: The config asks for a weight that the checkpoint does not have, or has in another shape.
         UnsupportedError: transformers has no such architecture, or an activation scheme has no definition here.
     """
 
-    def __init__(self, model: Model, *, threads: int | None = None, resident: bool = False) -> None:
+    def __init__(
+        self,
+        model: Model,
+        *,
+        threads: int | None = None,
+        resident: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.model = model
+        self.dtype = dtype
         self.resident = resident
         self._threads = threads
-        self._network: Any = _skeleton(model)
+        self._network: Any = _skeleton(model, dtype)
         self._base: Any = self._network.base_model
         self._layers: nn.ModuleList = self._base.layers
         self._filled: dict[str, nn.Module] = {}
@@ -185,7 +194,7 @@ class Reference:
                     f"{source} has shape {list(weight.shape)}, config.json asks for {list(wanted.shape)}",
                     hint="the checkpoint's config.json and its weights do not belong together",
                 )
-            values[name] = weight.dense()
+            values[name] = weight.dense().to(self.dtype)
         module.load_state_dict(values, assign=True)
         module.requires_grad_(False)
         self._filled[part] = module
@@ -210,21 +219,21 @@ class Reference:
                 calls.append(arguments)
                 return hidden
 
-            hidden = torch.zeros(n, t, self.model.config["hidden_size"])
+            hidden = torch.zeros(n, t, self.model.config["hidden_size"], dtype=self.dtype)
             with torch.no_grad(), self._layers_as(write_down):
                 self._base(inputs_embeds=hidden, use_cache=False)
             self._arguments = ((n, t), calls)
         return self._arguments[1]
 
 
-def _skeleton(model: Model) -> Any:
+def _skeleton(model: Model, dtype: torch.dtype) -> Any:
     """The transformers module for the model's config: parameters on the meta device, rotary tables on the CPU."""
     kind = model.config.get("model_type")
     if kind not in CONFIG_MAPPING:
         raise UnsupportedError(f"transformers has no model type {kind!r}", hint="a newer transformers may have it")
     config = CONFIG_MAPPING[kind].from_dict(dict(model.config))
     with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+        network = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     network.eval()
     base = network.base_model
     if hasattr(base, "rotary_emb"):

@@ -1,0 +1,91 @@
+"""Text as windows of tokens, which is how calibration and evaluation take it."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from llmopt.optimizer.errors import InputError
+
+__all__ = ["SAMPLED", "Tokens", "read_tokens"]
+
+SAMPLED = "sampled"
+"""The name of text that was sampled from the source model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Windows of one text.
+
+    Attributes:
+        name: The file as the user named it, or ``SAMPLED``.
+        ids: int64 ``[windows, tokens]``.
+        digest: sha256 of the file's contents, or of the ids when there is no file; hexadecimal.
+    """
+
+    name: str
+    ids: Tensor
+    digest: str
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether the source model wrote this text itself."""
+        return self.name == SAMPLED
+
+
+def read_tokens(path: Path, tokenizer_dir: Path, *, windows: int, tokens: int, name: str | None = None) -> Tokens:
+    """Cut the beginning of a text file into windows. The text is taken as it is, special tokens only as the tokenizer
+    adds them to any text.
+
+    Args:
+        path: UTF-8 text.
+        tokenizer_dir: Holds tokenizer.json.
+        windows: How many, one behind the other from the start of the text.
+        tokens: Tokens per window.
+        name: What to call the text; None means the path as given.
+
+    Raises:
+        InputError: The file is missing, not UTF-8, or too short; or there is no tokenizer.
+    """
+    content = _content(path)
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path} is not UTF-8 text: byte {error.start} is 0x{content[error.start]:02x}",
+            hint="convert it, for example with iconv",
+        ) from error
+    ids = _tokenizer(tokenizer_dir).encode(text).ids
+    if len(ids) < windows * tokens:
+        raise InputError(
+            f"{path} has {len(ids)} tokens, {windows} windows of {tokens} need {windows * tokens}",
+            hint=_fit(len(ids), tokens),
+        )
+    cut = torch.tensor(ids[: windows * tokens], dtype=torch.int64).reshape(windows, tokens)
+    return Tokens(name=name or str(path), ids=cut, digest=hashlib.sha256(content).hexdigest())
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read the text {path}: {error.strerror}") from error
+
+
+def _tokenizer(directory: Path) -> Tokenizer:
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise InputError(f"{directory} has no tokenizer.json, so no text can be read for it")
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _fit(found: int, tokens: int) -> str:
+    if found >= tokens:
+        return f"windows: {found // tokens} would fit; or give a longer text"
+    return "give a longer text, or take shorter windows" if found else "the file is empty"
