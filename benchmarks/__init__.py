@@ -1,1 +1,1 @@
-"""Comparisons of llmopt's engines with other programs, one command each."""
+"""Comparisons and measurements, one command each: ``python -m llmopt.benchmarks.NAME``; ``make bench`` runs all."""
