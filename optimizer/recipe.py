@@ -56,8 +56,8 @@ class Settings(_Part):
         "quick", description="How thoroughly each pass is checked against the model before it."
     )
     strict: bool = Field(False, description="Whether a fallback is an error instead of a note.")
-    resources: Resources = Field(Resources(), description="Limits on memory and threads.")
-    seed: int = Field(0, ge=0, le=2**63 - 1, description="The only source of randomness.")
+    resources: Resources = Field(default_factory=Resources, description="Limits on memory and threads.")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="The only source of randomness.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +106,13 @@ class Recipe(Settings):
             if recipe is not None:
                 return recipe
         raise RecipeError(sorted(set(document.problems), key=_order))
+
+    @staticmethod
+    def json_schema() -> dict[str, Any]:
+        """The JSON schema of recipe files, with every pass and exporter that is installed."""
+        from llmopt.optimizer.recipe_schema import json_schema
+
+        return json_schema()
 
     def resolved(self) -> dict[str, Any]:
         """The recipe with every default filled in, as plain data that is equal for equal recipes.
