@@ -12,16 +12,16 @@ from statistics import median
 
 import numpy as np
 
-from llmopt.benchmarks.builds import DEFAULT_MODEL, RECIPES, build
+from llmopt.benchmarks.builds import DEFAULT_MODEL, RECIPES, build, source_model
 from llmopt.benchmarks.child import run
 from llmopt.benchmarks.genai_peer import GENAI_VERSION, make_peer
 from llmopt.benchmarks.report import markdown, publish_result, say
-from llmopt.benchmarks.texts import token_ids
-from llmopt.optimizer.cache import cache_root
-from llmopt.optimizer.manifest import Manifest
-from llmopt.optimizer.model import Model
+from llmopt.benchmarks.texts import plain_text, tokens_of
 
 __all__ = ["compare", "main"]
+
+FED = 2048
+"""Tokens taken from the text; the largest shapes use 16 sequences of 128."""
 
 Speeds = dict[str, float]
 
@@ -70,24 +70,17 @@ def main() -> None:
     arguments = parser.parse_args()
     out: Path = arguments.out
     ours = arguments.build or build(RECIPES / f"{DEFAULT_MODEL}-int8.yaml", out)[0]
-    peer = arguments.peer or make_peer(_source_model(ours), out)
+    model = source_model(ours)
+    peer = arguments.peer or make_peer(model, out)
     tokens = None
     if arguments.data:
         tokens = out / "bench" / "tokens.npy"
-        np.save(tokens, token_ids(arguments.data, ours / "tokenizer.json")[:2048])
+        np.save(tokens, tokens_of(plain_text(arguments.data, out), model, windows=1, tokens=FED).ids[0].numpy())
     threads = arguments.threads
     rounds = compare(ours, peer, rounds=arguments.rounds, threads=threads, tokens=tokens, out=out)
     title = f"{ours.name} against onnxruntime-genai {GENAI_VERSION} int4, {threads} threads, {len(rounds)} rounds"
     data = {"build": str(ours), "threads": threads, "rounds": [{"llmopt": a, "genai": b} for a, b in rounds]}
     publish_result(out, "against_genai", title, table(rounds), data)
-
-
-def _source_model(directory: Path) -> Model:
-    """The model that a build was made from."""
-    from llmopt.optimizer.sources import load_model
-
-    spec = Manifest.load(directory).source.spec
-    return load_model(spec, cache=cache_root(), base=RECIPES)
 
 
 if __name__ == "__main__":

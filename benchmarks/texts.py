@@ -1,28 +1,35 @@
-"""Texts for measuring: read from the file that ``--data`` names."""
+"""Texts for measuring: read from the file that ``--data`` names, or sampled from the model."""
 
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
+from llmopt.calibration.texts import Tokens, read_tokens
+from llmopt.optimizer.model import Model
 
-__all__ = ["raw_wikitext", "token_ids"]
+__all__ = ["plain_text", "tokens_of"]
+
+_MARKS = ((" <unk>", " unk"), (" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", "."))
+"""What WikiText-2's token files put around hyphens and numbers, and plain text for it."""
 
 
-def raw_wikitext(text: str) -> str:
-    """Undo the marks that WikiText-2's token files put around hyphens and numbers, so that it reads as plain text."""
-    for mark, plain in ((" <unk>", " unk"), (" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", ".")):
+def plain_text(path: Path, out: Path) -> Path:
+    """A copy of a text below ``out`` that reads as plain text; only WikiText's token files have anything to undo."""
+    text = path.read_text("utf-8")
+    for mark, plain in _MARKS:
         text = text.replace(mark, plain)
-    return text
+    copy = out / "bench" / "texts" / f"{path.stem}.txt"
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    copy.write_text(text, encoding="utf-8")
+    return copy
 
 
-def token_ids(path: Path, tokenizer: Path) -> npt.NDArray[np.int64]:
-    """The text's token ids, int64 ``[tokens]``, without special tokens.
+def tokens_of(data: Path | None, model: Model, *, windows: int, tokens: int) -> Tokens:
+    """Windows of the text in ``data``, else of text sampled from ``model``.
 
-    Args:
-        path: The text.
-        tokenizer: A tokenizer.json.
+    Raises:
+        InputError: The text is missing or too short.
     """
-    from tokenizers import Tokenizer
+    if data is not None:
+        return read_tokens(data, model.source.tokenizer_dir, windows=windows, tokens=tokens, name=data.name)
+    from llmopt.calibration.sampling import Sampling, sample_tokens
 
-    text = raw_wikitext(path.read_text("utf-8"))
-    return np.array(Tokenizer.from_file(str(tokenizer)).encode(text, add_special_tokens=False).ids, np.int64)
+    return sample_tokens(model, Sampling("evaluation", windows, tokens))

@@ -1,0 +1,101 @@
+"""A server of a build on a free port of this machine, for as long as a ``with`` block lasts."""
+
+import json
+import os
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmopt.benchmarks.child import ChildError, llmopt_command
+
+__all__ = ["Server", "running_server"]
+
+_PATIENCE = 120.0
+"""Seconds after which a server that does not answer is given up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A server that answers."""
+
+    url: str
+    seconds_to_start: float
+
+    def chat(self, question: str, *, max_tokens: int = 64) -> str:
+        """The greedy answer to one question."""
+        messages = [{"role": "user", "content": question}]
+        answer = self._post("/v1/chat/completions", {"messages": messages, "temperature": 0, "max_tokens": max_tokens})
+        return str(answer["choices"][0]["message"]["content"])
+
+    def _post(self, path: str, body: dict[str, Any]) -> Any:
+        model = _get(f"{self.url}/v1/models")["data"][0]["id"]
+        request = urllib.request.Request(
+            self.url + path,
+            data=json.dumps({"model": model, **body}).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=_PATIENCE) as response:
+            return json.load(response)
+
+
+@contextmanager
+def running_server(directory: Path, *, log: Path, threads: int = 2) -> Iterator[Server]:
+    """Serve the build in ``directory``, and stop when the block ends.
+
+    Raises:
+        ChildError: The server ended, or did not answer in two minutes; the message holds the end of its log.
+    """
+    port = _free_port()
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [llmopt_command(), "serve", str(directory), "--host", "127.0.0.1", "--port", str(port)]
+    with log.open("wb") as output:
+        started = time.perf_counter()
+        process = subprocess.Popen(
+            [*command, "--threads", str(threads)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env={**os.environ, "NO_PROXY": "127.0.0.1"},
+        )
+        try:
+            url = f"http://127.0.0.1:{port}"
+            _wait_until_healthy(url, process, started, log)
+            yield Server(url, time.perf_counter() - started)
+        finally:
+            process.terminate()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], started: float, log: Path) -> None:
+    while time.perf_counter() - started < _PATIENCE:
+        if process.poll() is not None:
+            raise ChildError(f"the server ended with {process.returncode}:\n{log.read_text('utf-8')[-2000:]}")
+        try:
+            _get(f"{url}/health")
+        except urllib.error.URLError:  # not listening yet, or not ready
+            time.sleep(0.01)
+        else:
+            return
+    raise ChildError(f"the server did not answer in {_PATIENCE:.0f} s:\n{log.read_text('utf-8')[-2000:]}")
+
+
+def _get(url: str) -> Any:
+    with urllib.request.urlopen(url, timeout=_PATIENCE) as response:
+        return json.load(response)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
