@@ -48,14 +48,17 @@ def read_header(path: Path) -> Header:
     with path.open("rb") as file:
         magic = file.read(8)
         if len(magic) < 8 or magic[:4] != b"GGUF":
-            raise InputError(f"{path} is not a GGUF file", hint="a GGUF file starts with the letters GGUF")
+            raise InputError(
+                f"{path} is not a GGUF file",
+                hint="a model is a .gguf file, or the directory that holds config.json and the safetensors files",
+            )
         version = struct.unpack("<I", magic[4:])[0]
         if version not in (2, 3):
             raise InputError(f"{path} is GGUF version {version}; versions 2 and 3 can be read")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
                 header = _Reader(data).header()
-            except (struct.error, ValueError, KeyError, IndexError) as error:
+            except (struct.error, ValueError, KeyError, TypeError, ArithmeticError) as error:
                 raise InputError(
                     f"{path} ({len(data):,} bytes) is truncated or damaged: {error}", hint="copy or download it again"
                 ) from error
@@ -117,11 +120,10 @@ class _Reader:
             if count > len(self._data):
                 raise ValueError(f"an array of {count:,} values at byte {self._at:,}")
             return list(self._numbers(_SCALARS[item], count))
+        if item != _STRING:
+            raise ValueError(f"an array of unknown type {item} at byte {self._at:,}")
         for _ in range(count):
-            if item == _STRING:
-                self._at += 8 + struct.unpack_from("<Q", self._data, self._at)[0]
-            else:
-                self._value(item)
+            self._at += 8 + struct.unpack_from("<Q", self._data, self._at)[0]
         return None
 
 

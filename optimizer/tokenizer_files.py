@@ -67,10 +67,16 @@ def prepare(directory: Path, config: Mapping[str, Any], digests: Mapping[str, st
     return final
 
 
-def prepare_gguf(path: Path, sha256: str, cache: Path) -> Path:
+def prepare_gguf(path: Path, metadata: Mapping[str, Any], sha256: str, cache: Path) -> Path:
     """The same for a GGUF file, from its metadata, through transformers.
 
     config.json is as transformers derives it: not completed, without ``architectures``.
+
+    Args:
+        path: The file.
+        metadata: From its header; tokens that end a turn or a message stop generation beside the end of text.
+        sha256: Of the file.
+        cache: Where the directory is kept.
 
     Raises:
         InputError: The file's tokenizer or hyperparameters cannot be read.
@@ -84,7 +90,10 @@ def prepare_gguf(path: Path, sha256: str, cache: Path) -> Path:
                 AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(partial)
             except (ValueError, KeyError, TypeError, OSError, ImportError) as error:
                 raise InputError(f"{path}: its tokenizer or hyperparameters cannot be read: {error}") from error
-            _finish(partial, json.loads(config.to_json_string(use_diff=True)), {})
+            ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+            stops = list(dict.fromkeys(token for token in ends if token is not None))
+            generation = {"eos_token_id": stops} if len(stops) > 1 else {}
+            _finish(partial, json.loads(config.to_json_string(use_diff=True)), generation)
     return final
 
 
