@@ -65,7 +65,7 @@ def complete(config: Mapping[str, Any], arch: Arch, where: object) -> dict[str, 
     full = {name: value for name, value in full.items() if name not in _INCIDENTAL}
     full["architectures"] = list(config.get("architectures") or arch.hf_names[:1])
     heads, kv_heads = full["num_attention_heads"], full["num_key_value_heads"]
-    if heads % kv_heads:
+    if kv_heads < 1 or heads % kv_heads:
         raise InputError(f"{where}: config.json has {heads} attention heads, not a multiple of {kv_heads} KV heads")
     return full
 
