@@ -107,10 +107,13 @@ def load(kind: Kind, name: str) -> type[Any]:
         raise InputError(f"no {_NOUNS[kind]} named {name!r}", hint=nearest(name, found))
     loaded = found[name].load()
     base = _base_class(kind)
-    if isinstance(loaded, type) and issubclass(loaded, base):
-        return loaded
     described = f"{getattr(loaded, '__module__', '?')}.{getattr(loaded, '__qualname__', loaded)}"
-    message = f"the {_NOUNS[kind]} {name!r} is {described}, which is no {base.__name__}"
+    if not (isinstance(loaded, type) and issubclass(loaded, base)):
+        message = f"the {_NOUNS[kind]} {name!r} is {described}, which is no {base.__name__}"
+    elif abstract := sorted(getattr(loaded, "__abstractmethods__", ())):
+        message = f"the {_NOUNS[kind]} {name!r} is {described}, which lacks {', '.join(abstract)}"
+    else:
+        return loaded
     if isinstance(found[name], _OwnFile):
         raise TypeError(message)
     raise InputError(message, hint=f"a {_NOUNS[kind]} is a class derived from llmopt's {base.__name__}")

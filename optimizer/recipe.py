@@ -8,13 +8,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt
 
 from llmopt.optimizer.contracts import Exporter, WeightPass
 from llmopt.optimizer.errors import InputError, Problem, RecipeError
 from llmopt.optimizer.gates import Gate
+from llmopt.optimizer.recipe_errors import shown
 from llmopt.optimizer.recipe_text import Document, parse
 
 __all__ = ["Calibration", "NamedExporter", "NamedPass", "Recipe", "Resources", "Settings"]
@@ -42,10 +43,17 @@ class Resources(_Part):
     threads: PositiveInt | None = Field(None, description="Threads; omitted: one per core.")
 
 
+def _is_exactly_1(value: object) -> object:
+    """Also refuses ``true`` and ``1.0``, which Python holds equal to 1."""
+    if value != 1 or not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"must be 1, not {shown(value)}; this llmopt reads version 1 of the recipe format")
+    return value
+
+
 class Settings(_Part):
     """Everything in a recipe but its passes and exporters."""
 
-    version: Literal[1] = Field(description="Of the recipe format: 1.")
+    version: Annotated[Literal[1], BeforeValidator(_is_exactly_1)] = Field(description="Of the recipe format: 1.")
     model: str = Field(
         min_length=1,
         description="A directory, a .gguf file, a hub id as ORG/NAME@REVISION, or pypi:NAME==VERSION/path/in/wheel.",

@@ -123,6 +123,8 @@ def _explained(
         return f"unknown option {path[-1]!r}", nearest(str(path[-1]), options.at(path[:-1]))
     if "missing" in kinds:
         return "is missing", options.at(path[:-1]).get(str(path[-1])) or None
+    if "json_invalid" in kinds:  # all that JSON cannot hold of what YAML and the environment can
+        return "has text that is not valid Unicode", None
     literals = [str(each["ctx"]["expected"]) for each in complaints if each["type"] == "literal_error"]
     for each in complaints:
         if each["type"] == "value_error":

@@ -4,6 +4,7 @@ YAML 1.2 is read as a tree of nodes instead of through a loader, because a loade
 forgets where values stood.
 """
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ _WORDS: dict[str, bool | None] = {
 }
 _INT = re.compile(r"[-+]?[0-9]{1,40}|0o[0-7]{1,40}|0x[0-9a-fA-F]{1,40}")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _INF_NAN = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
 
@@ -125,7 +127,7 @@ def scalar_of(text: str) -> Any:
         return _WORDS[text]
     if _INT.fullmatch(text):
         return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
-    if _FLOAT.fullmatch(text):
+    if _FLOAT.fullmatch(text) and math.isfinite(float(text)):
         return float(text)
     return float(text.replace(".", "")) if _INF_NAN.fullmatch(text) else text
 
@@ -210,18 +212,22 @@ class _Reader:
     def _key(self, node: Node, path: Keys) -> str | None:
         """The text of a key; None, with a problem noted, when it is something else."""
         value = self._value_of(node) if isinstance(node, ScalarNode) else node
-        if isinstance(value, str):
+        if isinstance(value, str) and not _SURROGATE.search(value):
             return value
         place = self._place(node)
-        shown = f"the key {node.value or '(nothing)'}" if isinstance(node, ScalarNode) else "a list or mapping as a key"
-        what = f"{shown} is not text" if isinstance(node, ScalarNode) else f"{shown} is not possible"
+        what = "a list or mapping as a key is not possible"
+        if isinstance(node, ScalarNode):
+            what = f"the key {node.value or '(nothing)'} is not text".encode("utf-8", "backslashreplace").decode()
         self.problems.append(Problem(place.file, place.line, dotted(path), what, "keys are names, as in scheme: W8A8"))
         return None
 
     def _scalar(self, node: ScalarNode, path: Keys) -> Any:
         if str(node.tag) != f"{_TAG}str" and str(node.tag) not in _CORE_TAGS:
             self._complain(path, f"has the tag {_shown_tag(node)}, which recipes do not know", "remove the tag")
-            return None
+            return node.value
+        if _SURROGATE.search(node.value):
+            self._complain(path, "is not valid Unicode text")
+            return _SURROGATE.sub("\ufffd", node.value)
         if not node.style:
             self.unquoted.add(path)
         return self._value_of(node)
