@@ -1,0 +1,146 @@
+"""Judging a finished build again: its gates with the texts at hand, or other texts than those it was built with."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmopt.calibration.sampling import Sampling, sample_tokens
+from llmopt.calibration.texts import Tokens, read_tokens
+from llmopt.evaluation.gates import gates_of, judge, texts_for
+from llmopt.evaluation.measure import measure
+from llmopt.optimizer.cache import cache_root
+from llmopt.optimizer.errors import InputError
+from llmopt.optimizer.gates import Gate
+from llmopt.optimizer.manifest import Manifest, Measurement, Verdict
+from llmopt.optimizer.model import Model
+from llmopt.optimizer.progress import Progress
+from llmopt.optimizer.sources import load_model
+from llmopt.runtime.backends.onnxruntime import open_backend
+
+__all__ = ["Question", "Result", "evaluate"]
+
+_FILE_WINDOWS = (8, 1024)
+_SAMPLED_WINDOWS = (16, 256)
+"""Fewer decoding steps than for a file: the source model writes this text token by token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What to measure a build on.
+
+    Attributes:
+        data: Text files. One that is called like a gate's text is used for that gate, in the gate's windows.
+        windows: Of the other texts; None means 8 of a file and 16 of sampled text.
+        tokens: Per window; None means 1024 of a file and 256 of sampled text.
+        source: Where the source model is now; None means where the build found it.
+        threads: Of the engine and of PyTorch.
+        offline: Whether hubs are left alone.
+    """
+
+    data: tuple[Path, ...] = ()
+    windows: int | None = None
+    tokens: int | None = None
+    source: str | None = None
+    threads: int = 1
+    offline: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What was found.
+
+    Attributes:
+        measurements: Of all texts.
+        verdict: Of the gates whose texts were at hand; ``unjudged`` when there were none.
+        not_judged: Gates that name a text that was not given.
+        notes: What the reader should know about the texts.
+    """
+
+    measurements: list[Measurement]
+    verdict: Verdict
+    not_judged: list[Gate]
+    notes: list[str]
+
+
+def evaluate(directory: Path, question: Question, progress: Progress) -> Result:
+    """Measure the build in ``directory`` against its source model; the build is not changed.
+
+    Raises:
+        InputError: There is no build, its source model is gone or another one, or a text cannot be used.
+        VerificationError: The build was changed.
+    """
+    manifest = Manifest.load(directory)
+    if not manifest.engines:
+        raise InputError(f"{directory} has no engine that could be measured")
+    with progress.step("load the source model"):
+        model = _source(manifest, question)
+    gates, not_judged = _with_data(gates_of(manifest.recipe), question.data)
+    texts = _texts(gates, model, manifest, question, progress)
+    engine = manifest.engines[0]
+    longest = max(text.ids.shape[1] for text in texts)
+    backend = open_backend(directory, engine, slots=1, capacity=min(longest, engine.capacity), threads=question.threads)
+    with progress.step("measure") as tick:
+        measurements = measure(model, backend, texts, threads=question.threads, progress=tick)
+    return Result(measurements, judge(gates, measurements), not_judged, _changed_texts(manifest, measurements))
+
+
+def _source(manifest: Manifest, question: Question) -> Model:
+    spec = question.source or manifest.source.spec
+    hint = "--source names the checkpoint the build was made from, where it is now"
+    try:
+        model = load_model(spec, cache=cache_root(), offline=question.offline)
+    except InputError as error:
+        raise InputError(
+            f"the build's source model cannot be read: {error.message}", hint=error.hint or hint
+        ) from error
+    if model.source.digest != manifest.source.digest:
+        raise InputError(f"{spec} is not the model this build was made from: its digest is another", hint=hint)
+    return model
+
+
+def _with_data(gates: Sequence[Gate], data: Sequence[Path]) -> tuple[list[Gate], list[Gate]]:
+    """Gates whose text is at hand, with where it is; and the others.
+
+    A build does not know where its recipe was, so a text is found by its file name among those given.
+    """
+    given = {path.name: path for path in data}
+    ready, missing = [], []
+    for gate in gates:
+        if gate.data is None:
+            ready.append(gate)
+        elif gate.data.name in given:
+            ready.append(gate.model_copy(update={"data": given[gate.data.name]}))
+        else:
+            missing.append(gate)
+    return ready, missing
+
+
+def _texts(
+    gates: Sequence[Gate], model: Model, manifest: Manifest, question: Question, progress: Progress
+) -> list[Tokens]:
+    """The gates' texts, the other files given, and sampled text when that leaves nothing."""
+    seed = int(manifest.recipe.get("seed", 0))
+    with progress.step("read or sample texts") as tick:
+        texts = texts_for(gates, model, seed=seed, threads=question.threads, progress=tick)
+        named = {gate.data for gate in gates}
+        windows, tokens = question.windows or _FILE_WINDOWS[0], question.tokens or _FILE_WINDOWS[1]
+        for path in question.data:
+            if path not in named:
+                texts.append(read_tokens(path, model.source.tokenizer_dir, windows=windows, tokens=tokens))
+        if not texts:
+            windows, tokens = question.windows or _SAMPLED_WINDOWS[0], question.tokens or _SAMPLED_WINDOWS[1]
+            wanted = Sampling("evaluation", windows, tokens, seed=seed)
+            texts.append(sample_tokens(model, wanted, threads=question.threads, progress=tick))
+    return texts
+
+
+def _changed_texts(manifest: Manifest, measurements: Sequence[Measurement]) -> list[str]:
+    """A note for each text that has the name of one the build was measured on, and other contents."""
+    built_on: dict[str, set[str]] = {}
+    for each in manifest.measurements:
+        built_on.setdefault(Path(each.data).name, set()).add(each.data_digest)
+    return [
+        f"{data} is not the text of that name which the build was measured on"
+        for data, digest in dict.fromkeys((each.data, each.data_digest) for each in measurements)
+        if digest not in built_on.get(Path(data).name, {digest}) and data != "sampled"
+    ]

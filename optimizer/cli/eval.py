@@ -1,0 +1,97 @@
+"""Measure a build against its source model again."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from llmopt.evaluation.again import Result
+    from llmopt.optimizer.manifest import Measurement
+
+__all__ = ["command"]
+
+
+@click.command()
+@click.argument("build", type=click.Path(path_type=Path))
+@click.option("--data", type=click.Path(path_type=Path), multiple=True, help="A text file; may be repeated.")
+@click.option("--windows", type=click.IntRange(min=1), help="Windows of each text.  [default: 8; sampled text: 16]")
+@click.option("--tokens", type=click.IntRange(min=2), help="Tokens per window.  [default: 1024; sampled text: 256]")
+@click.option("--source", metavar="SPEC", help="Where the source model is, if not where the build found it.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads.  [default: one per core]")
+@click.option("--offline", is_flag=True, help="Download nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print events and the result as JSON lines.")
+def command(
+    build: Path,
+    data: tuple[Path, ...],
+    windows: int | None,
+    tokens: int | None,
+    source: str | None,
+    threads: int | None,
+    offline: bool,
+    as_json: bool,
+) -> None:
+    """Measure a build against its source model again.
+
+    Without --data, the gates of the build's recipe say which text; a gate with a file of its own needs that file among
+    --data. Where nothing is given, text is sampled from the source model. The build is not changed.
+
+    Exits with 4 when a gate is missed.
+    """
+    import os
+
+    from llmopt.evaluation.again import Question, evaluate
+    from llmopt.optimizer.errors import RejectedError
+    from llmopt.optimizer.progress import choose
+
+    progress = choose(as_json=as_json)
+    cores = len(os.sched_getaffinity(0))
+    question = Question(data, windows, tokens, source, threads=threads or cores, offline=offline)
+    result = evaluate(build, question, progress)
+    progress.result(
+        {
+            "measurements": [each.model_dump(mode="json") for each in result.measurements],
+            "verdict": result.verdict.model_dump(mode="json"),
+            "not_judged": [gate.describe() for gate in result.not_judged],
+            "notes": result.notes,
+        }
+    )
+    if not as_json:
+        _print(result)
+    missed = [each for each in result.verdict.gates if not each.passed]
+    if missed:
+        raise RejectedError(f"{build} misses {len(missed)} of {len(result.verdict.gates)} gates")
+
+
+def _print(result: "Result") -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(markup=False, highlight=False)
+    table = Table("metric", "engine", "source", "change", "text", "tokens", box=box.SIMPLE_HEAD, pad_edge=False)
+    for each in result.measurements:
+        table.add_row(*_row(each))
+    console.print(table)
+    if result.verdict.gates:
+        gates = Table("gate", "measured", "", box=box.SIMPLE_HEAD, pad_edge=False)
+        for judged in result.verdict.gates:
+            wanted = ", ".join(f"{name}: {value}" for name, value in judged.gate.items())
+            gates.add_row(wanted, f"{judged.value:.4g}", "passed" if judged.passed else "MISSED")
+        console.print(gates)
+    for gate in result.not_judged:
+        console.print(f"not judged: {gate.metric} on {gate.data}; give that file with --data")
+    for note in result.notes:
+        console.print(f"note: {note}")
+
+
+def _row(found: "Measurement") -> tuple[str, ...]:
+    if found.metric == "top1":
+        value, source, change = f"{found.value:.2%}", "", ""
+    elif found.source is None:
+        value, source, change = f"{found.value:.5f}", "", ""
+    else:
+        value, source = f"{found.value:.3f}", f"{found.source:.3f}"
+        change = f"{found.value / found.source - 1:+.2%}"
+    units = {"kl": "KL, nats/token", "top1": "same top-1", "perplexity": "perplexity"}
+    return units[found.metric], value, source, change, found.data, f"{found.tokens:,}"
