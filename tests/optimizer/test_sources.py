@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -320,6 +321,40 @@ def test_a_cached_hub_model_is_found_by_the_start_of_its_commit(
     model = load_model(spec, cache=tmp_path / "cache", base=tmp_path)
     assert model.num_layers == 3
     assert model.source.spec == spec
+
+
+def test_a_snapshot_that_was_not_finished_is_not_used(hub: Path, tiny_llama_sharded: Path, tmp_path: Path) -> None:
+    put_into_hub(hub, tiny_llama_sharded)
+    next(hub.rglob("model-00003-of-00004.safetensors")).unlink()
+    with pytest.raises(InputError, match="is not in the local hub cache"):
+        load_model("HuggingFaceTB/SmolLM2-135M-Instruct@12fd25f", cache=tmp_path, base=tmp_path)
+
+
+def test_the_start_of_a_commit_is_resolved_and_downloaded_online(
+    hub: Path, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    asked = []
+
+    class Api:
+        def model_info(self, repo: str, revision: str) -> Any:
+            asked.append((repo, revision))
+            return SimpleNamespace(sha=COMMIT)
+
+    def download(repo: str, *, revision: str, allow_patterns: list[str]) -> str:
+        asked.append((repo, revision))
+        assert "model.safetensors" in allow_patterns
+        return str(tiny_llama)
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert load_model("org/name@12fd25f", cache=tmp_path, base=tmp_path).num_layers == 3
+    assert asked == [("org/name", "12fd25f"), ("org/name", COMMIT)]
+    with pytest.raises(InputError, match="not pinned") as caught:
+        load_model("org/name", cache=tmp_path, base=tmp_path)
+    assert caught.value.hint == f"write org/name@{COMMIT}, which is what main is now"
 
 
 def test_an_ambiguous_commit_asks_for_more_digits(hub: Path, tiny_llama: Path, tmp_path: Path) -> None:
