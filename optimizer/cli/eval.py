@@ -7,7 +7,6 @@ import click
 
 if TYPE_CHECKING:
     from llmopt.evaluation.again import Result
-    from llmopt.optimizer.manifest import Measurement
 
 __all__ = ["command"]
 
@@ -64,34 +63,15 @@ def command(
 
 
 def _print(result: "Result") -> None:
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
+
+    from llmopt.optimizer.cli._tables import gates_table, measurements_table
 
     console = Console(markup=False, highlight=False)
-    table = Table("metric", "engine", "source", "change", "text", "tokens", box=box.SIMPLE_HEAD, pad_edge=False)
-    for each in result.measurements:
-        table.add_row(*_row(each))
-    console.print(table)
+    console.print(measurements_table(result.measurements))
     if result.verdict.gates:
-        gates = Table("gate", "measured", "", box=box.SIMPLE_HEAD, pad_edge=False)
-        for judged in result.verdict.gates:
-            wanted = ", ".join(f"{name}: {value}" for name, value in judged.gate.items())
-            gates.add_row(wanted, f"{judged.value:.4g}", "passed" if judged.passed else "MISSED")
-        console.print(gates)
+        console.print(gates_table(result.verdict))
     for gate in result.not_judged:
         console.print(f"not judged: {gate.metric} on {gate.data}; give that file with --data")
     for note in result.notes:
         console.print(f"note: {note}")
-
-
-def _row(found: "Measurement") -> tuple[str, ...]:
-    if found.metric == "top1":
-        value, source, change = f"{found.value:.2%}", "", ""
-    elif found.source is None:
-        value, source, change = f"{found.value:.5f}", "", ""
-    else:
-        value, source = f"{found.value:.3f}", f"{found.source:.3f}"
-        change = f"{found.value / found.source - 1:+.2%}"
-    units = {"kl": "KL, nats/token", "top1": "same top-1", "perplexity": "perplexity"}
-    return units[found.metric], value, source, change, found.data, f"{found.tokens:,}"
