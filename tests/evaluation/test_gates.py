@@ -9,6 +9,9 @@ from llmopt.optimizer.gates import Gate
 from llmopt.optimizer.manifest import Measurement
 
 
+SIZE = {"windows": 8, "tokens": 1024}
+
+
 def measured(metric, value, *, source=None, data=SAMPLED, tokens=8192):
     return Measurement(metric=metric, value=value, source=source, data=data, data_digest="d", tokens=tokens)
 
@@ -24,21 +27,21 @@ def measured(metric, value, *, source=None, data=SAMPLED, tokens=8192):
     ],
 )
 def test_a_gate_holds_up_to_its_limit(gate, value, passed):
-    verdict = judge([Gate(**gate)], [measured(gate["metric"], value)])
+    verdict = judge([Gate(**gate, **SIZE)], [measured(gate["metric"], value)])
     assert verdict.status == ("accepted" if passed else "rejected")
     assert verdict.gates[0].passed is passed
-    assert verdict.gates[0].gate == gate | {"windows": 8, "tokens": 1024}
+    assert verdict.gates[0].gate == gate | SIZE
 
 
 @pytest.mark.parametrize(("value", "status"), [(20.59, "accepted"), (20.61, "rejected")])
 def test_an_increase_is_relative_to_the_source(value, status):
-    gate = Gate(metric="perplexity", data="a.txt", max_increase="3%")
+    gate = Gate(metric="perplexity", data="a.txt", max_increase="3%", **SIZE)
     found = measured("perplexity", value, source=20.0, data="a.txt", tokens=8 * 1023)
     assert judge([gate], [found]).status == status
 
 
 def test_one_missed_gate_rejects():
-    gates = [Gate(metric="kl", max=0.1), Gate(metric="top1", min=0.9)]
+    gates = [Gate(metric="kl", max=0.1, **SIZE), Gate(metric="top1", min=0.9, **SIZE)]
     verdict = judge(gates, [measured("kl", 0.2), measured("top1", 0.95)])
     assert verdict.status == "rejected"
     assert [result.passed for result in verdict.gates] == [False, True]
@@ -60,7 +63,7 @@ def test_a_gate_looks_at_its_own_text_and_size():
 
 
 def test_the_worst_of_several_fitting_measurements_counts():
-    assert judge([Gate(metric="kl", max=0.1)], [measured("kl", 0.05), measured("kl", 0.2)]).status == "rejected"
+    assert judge([Gate(metric="kl", max=0.1, **SIZE)], [measured("kl", 0.05), measured("kl", 0.2)]).status == "rejected"
 
 
 def test_gates_that_share_a_text_read_it_once(tiny_model, tmp_path):
