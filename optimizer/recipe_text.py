@@ -6,12 +6,13 @@ forgets where values stood.
 
 import math
 import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.error import MarkedYAMLError, ReusedAnchorWarning
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.reader import ReaderError
 
@@ -101,7 +102,11 @@ def parse(text: str, file: str, *, line: int | None = None) -> Document:
     """
     start = Place(file, line or 1)
     try:
-        node = YAML(typ="safe", pure=True).compose(text)
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", ReusedAnchorWarning
+            )  # YAML allows it: an alias means the last one before it
+            node = YAML(typ="safe", pure=True).compose(text)
     except MarkedYAMLError as error:
         is_about_its_start = "could not find expected ':'" in (error.problem or "")
         mark = error.context_mark if is_about_its_start else error.problem_mark

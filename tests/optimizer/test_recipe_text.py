@@ -104,6 +104,10 @@ def test_aliases_are_copies_whose_lines_are_those_of_the_anchor() -> None:
     assert document.data["a"] is not document.data["c"]
 
 
+def test_an_alias_means_the_last_anchor_of_its_name_before_it() -> None:
+    assert parse("a: &x 1\nb: *x\nc: &x 2\nd: *x\n", "r.yaml").data == {"a": 1, "b": 1, "c": 2, "d": 2}
+
+
 def test_merge_keys_give_way_to_keys_that_are_written_and_to_earlier_merges() -> None:
     document = read(
         """\
