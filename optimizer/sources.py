@@ -116,8 +116,8 @@ def _load_gguf(path: Path, cache: Path) -> _Loaded:
     header = read_header(path)
     arch = families.find_gguf(gguf_file.architecture(header, path))
     sha256 = file_digests({path.name: path}, cache)[path.name]
-    tokenizer_dir = tokenizer_files.prepare_gguf(path, header.metadata, sha256, cache)
-    raw = {**read_json(tokenizer_dir / "config.json"), "architectures": [arch.hf_names[0]]}
+    converted = tokenizer_files.convert_gguf(path, header.metadata, sha256, cache)
+    raw = {**read_json(converted / "config.json"), "architectures": [arch.hf_names[0]]}
     config = complete(raw, arch, path)
     config["rope_parameters"] = gguf_file.rope_parameters(path, header, config)
     shapes = parameter_shapes(config, path)
@@ -125,6 +125,8 @@ def _load_gguf(path: Path, cache: Path) -> _Loaded:
     if config["tie_word_embeddings"]:
         shapes.pop(f"{arch.head}.weight")
     # What transformers made of the metadata counts as input too: another version may make something else.
-    derived = {f"{path.name}/{file.name}": file for file in sorted(tokenizer_dir.iterdir())}
-    files = {path.name: sha256, **file_digests(derived, cache)}
+    derived = file_digests({file.name: file for file in sorted(converted.iterdir())}, cache)
+    present = {name: derived[name] for name in tokenizer_files.TOKENIZER_FILES if name in derived}
+    tokenizer_dir = tokenizer_files.prepare(converted, config, present, cache)
+    files = {path.name: sha256} | {f"{path.name}/{name}": digest for name, digest in derived.items()}
     return _Loaded(arch, config, fit_to_shapes(weights, shapes, path), files, tokenizer_dir)

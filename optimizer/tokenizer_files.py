@@ -6,6 +6,7 @@ generation_config.json or only in config.json, and tokenizer.json may be missing
 
 import json
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from llmopt.optimizer.cache import digest_of, locked, publish
 from llmopt.optimizer.errors import InputError, UnsupportedError
 from llmopt.optimizer.hf_config import read_json
 
-__all__ = ["TOKENIZER_FILES", "prepare", "prepare_gguf"]
+__all__ = ["TOKENIZER_FILES", "convert_gguf", "prepare"]
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -67,10 +68,8 @@ def prepare(directory: Path, config: Mapping[str, Any], digests: Mapping[str, st
     return final
 
 
-def prepare_gguf(path: Path, metadata: Mapping[str, Any], sha256: str, cache: Path) -> Path:
-    """The same for a GGUF file, from its metadata, through transformers.
-
-    config.json is as transformers derives it: not completed, without ``architectures``.
+def convert_gguf(path: Path, metadata: Mapping[str, Any], sha256: str, cache: Path) -> Path:
+    """A directory like a checkpoint's, without weights, with what transformers makes of a GGUF file's metadata.
 
     Args:
         path: The file.
@@ -81,20 +80,30 @@ def prepare_gguf(path: Path, metadata: Mapping[str, Any], sha256: str, cache: Pa
     Raises:
         InputError: The file's tokenizer or hyperparameters cannot be read.
     """
-    with _once({"gguf": sha256, "transformers": _transformers_version()}, cache) as (final, partial):
+    with _once({"converted": sha256, "transformers": _transformers_version()}, cache) as (final, partial):
         if partial:
-            from transformers import AutoConfig, AutoTokenizer
+            from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
             try:
-                config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-                AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(partial)
+                with _alone(path) as folder:
+                    config, _ = PreTrainedConfig.get_config_dict(folder, gguf_file=path.name)
+                    PreTrainedTokenizerFast.from_pretrained(folder, gguf_file=path.name).save_pretrained(partial)
             except (ValueError, KeyError, TypeError, OSError, ImportError) as error:
                 raise InputError(f"{path}: its tokenizer or hyperparameters cannot be read: {error}") from error
             ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
             stops = list(dict.fromkeys(token for token in ends if token is not None))
-            generation = {"eos_token_id": stops} if len(stops) > 1 else {}
-            _finish(partial, json.loads(config.to_json_string(use_diff=True)), generation)
+            if len(stops) > 1:
+                _write(partial / "generation_config.json", {"eos_token_id": stops})
+            _write(partial / "config.json", config)
     return final
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[Path]:
+    """A directory with a link to the file and nothing else: transformers would also read the file's neighbours."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / path.name).symlink_to(path.resolve())
+        yield Path(folder)
 
 
 @contextmanager

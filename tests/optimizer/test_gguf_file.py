@@ -1,5 +1,6 @@
 """GGUF as a source: the same model as the checkpoint it was written from."""
 
+import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from llmopt.optimizer.errors import InputError, UnsupportedError
 from llmopt.optimizer.gguf_header import read_header
@@ -95,11 +96,21 @@ def test_config_and_tokenizer_come_from_the_metadata(tiny_llama: Path, write_ggu
                 "intermediate_size", "num_hidden_layers", "tie_word_embeddings", "max_position_embeddings")  # fmt: skip
     assert {name: model.config[name] for name in computed} == {name: original.config[name] for name in computed}
     assert not [name for name in model.config if name.startswith("_")]
+    assert json.loads((model.source.tokenizer_dir / "config.json").read_text()) == model.config
     text = "<|im_start|>The capital of France is Paris.<|im_end|>\n  def add(first, second):"
     ours, theirs = (AutoTokenizer.from_pretrained(path) for path in (model.source.tokenizer_dir, tiny_llama))
     assert ours(text)["input_ids"] == theirs(text)["input_ids"]
     messages = [{"role": "user", "content": "Hello"}]
     assert ours.apply_chat_template(messages, tokenize=False) == theirs.apply_chat_template(messages, tokenize=False)
+
+
+def test_neighbours_of_the_file_are_not_read(tiny_llama: Path, write_gguf: GgufWriter, tmp_path: Path) -> None:
+    path = write_gguf(tiny_llama)
+    expected = load_model(str(path), cache=tmp_path / "cache").source
+    for name in ("config.json", "tokenizer_config.json", "tokenizer.json", "generation_config.json"):
+        path.with_name(name).write_text('{"auto_map": {"AutoTokenizer": ["x.X", null]}}')
+    path.with_name("chat_template.jinja").write_text("another model's")
+    assert load_model(str(path), cache=tmp_path / "other").source.files == expected.files
 
 
 def test_a_second_end_token_stops_too(tiny_llama: Path, write_gguf: GgufWriter, tmp_path: Path) -> None:
@@ -117,7 +128,7 @@ def test_the_derived_files_are_made_once(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("the tokenizer was converted again")
 
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", fail)
+    monkeypatch.setattr(PreTrainedTokenizerFast, "from_pretrained", fail)
     second = load_model(str(path), cache=tmp_path / "cache")
     assert second.source == first.source
 
