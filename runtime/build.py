@@ -1,0 +1,117 @@
+"""Opens a build directory for use: checked, its engine loaded, its slots allocated, its tokenizer read."""
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from llmopt.optimizer.errors import InputError, RejectedError
+from llmopt.optimizer.manifest import MANIFEST_NAME, Engine, Manifest, sha256_of
+from llmopt.runtime.backends.base import Backend
+from llmopt.runtime.text import Tokenizer
+
+__all__ = ["DEFAULT_CONTEXT", "DEFAULT_SLOTS", "Build", "default_threads", "open_build", "pool_bytes"]
+
+DEFAULT_SLOTS = 8
+DEFAULT_CONTEXT = 2048
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    """A build that is ready to run.
+
+    Attributes:
+        directory: Where it lies.
+        manifest: What it says about itself.
+        backend: Its engine, loaded.
+        tokenizer: Its tokenizer.
+        fingerprint: The first digits of the manifest's sha256: equal for equal builds.
+    """
+
+    directory: Path
+    manifest: Manifest
+    backend: Backend
+    tokenizer: Tokenizer
+    fingerprint: str
+
+
+def open_build(
+    directory: Path,
+    *,
+    slots: int = DEFAULT_SLOTS,
+    context: int | None = None,
+    threads: int | None = None,
+    verify: bool = False,
+    force: bool = False,
+) -> Build:
+    """Check and load a build.
+
+    Args:
+        directory: The build.
+        slots: Requests that run at the same time.
+        context: Tokens per request, prompt and answer together; the engine's capacity, at most 2048, when omitted.
+        threads: Of one run; the cores this process may use when omitted.
+        verify: Whether to compare every file's digest; sizes are always compared.
+        force: Whether to open a build that missed its gates.
+
+    Raises:
+        InputError: No build there, or options it cannot be opened with.
+        RejectedError: The build missed its gates.
+        VerificationError: A file is not what the manifest says.
+        MissingExtraError: What executes the engine is not installed.
+        UnsupportedError: The engine cannot be executed here.
+    """
+    manifest = Manifest.load(directory, verify=verify)
+    if manifest.verdict.status == "rejected":
+        _refuse_rejected(directory, manifest, force=force)
+    engine = _pick_engine(directory, manifest)
+    capacity = min(engine.capacity, DEFAULT_CONTEXT) if context is None else context
+    tokenizer = Tokenizer(directory)
+    backend = _open_backend(directory, engine, slots, capacity, threads or default_threads())
+    megabytes = pool_bytes(engine, slots, capacity) / 1e6
+    logger.info("%d slots of %d tokens: a pool of at most %.0f MB", slots, capacity, megabytes)
+    fingerprint = "fp_" + sha256_of(directory / MANIFEST_NAME)[:16]
+    return Build(directory, manifest, backend, tokenizer, fingerprint)
+
+
+def default_threads() -> int:
+    """The number of cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def pool_bytes(engine: Engine, slots: int, capacity: int) -> int:
+    """Bytes of a slot pool when all its slots are full: keys and values of every layer."""
+    per_token = 2 * engine.num_layers * engine.kv_heads * engine.head_dim * np.dtype(engine.kv_dtype).itemsize
+    return slots * capacity * per_token
+
+
+def _refuse_rejected(directory: Path, manifest: Manifest, *, force: bool) -> None:
+    missed = [gate for gate in manifest.verdict.gates if not gate.passed]
+    named = ", ".join(f"{gate.gate.get('metric')} is {gate.value:.4g}" for gate in missed) or "no gate is named"
+    if not force:
+        raise RejectedError(
+            f"{directory} was rejected when it was built: {named}", hint="build a better one, or use --force"
+        )
+    logger.warning("%s was rejected when it was built: %s", directory, named)
+
+
+def _pick_engine(directory: Path, manifest: Manifest) -> Engine:
+    """The first engine this version can execute."""
+    for engine in manifest.engines:
+        if engine.exporter == "onnx" and engine.target == "cpu":
+            return engine
+    found = ", ".join(f"{engine.exporter} for {engine.target}" for engine in manifest.engines) or "none"
+    raise InputError(
+        f"{directory} has no engine that can be executed here (engines: {found})",
+        hint="add 'export: [{onnx: {target: cpu}}]' to the recipe and build again",
+    )
+
+
+def _open_backend(directory: Path, engine: Engine, slots: int, capacity: int, threads: int) -> Backend:
+    from llmopt.runtime.backends.onnxruntime import open_backend
+
+    return open_backend(directory, engine, slots=slots, capacity=capacity, threads=threads)

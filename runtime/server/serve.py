@@ -1,0 +1,73 @@
+"""Runs the server: binds the port at once, loads in the background, drains when told to stop."""
+
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import uvicorn
+
+from llmopt.optimizer.errors import InputError
+from llmopt.runtime.build import Build
+from llmopt.runtime.server.app import create_app
+from llmopt.runtime.server.service import Service
+
+__all__ = ["Server", "bind", "serve"]
+
+logger = logging.getLogger(__name__)
+
+GRACE = 30
+"""Seconds that running requests are given to end after the server was told to stop."""
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, but told to stop it ends in good order and does not raise the signal again."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Let SIGINT and SIGTERM stop the server while it runs."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {each: signal.signal(each, self.handle_exit) for each in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for each, handler in before.items():
+                signal.signal(each, handler)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket.
+
+    Raises:
+        InputError: The address cannot be had.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, OverflowError) as error:
+        raise InputError(f"cannot listen on {host} port {port}: {error}", hint="choose another --port") from error
+
+
+def serve(load: Callable[[], Build], *, sock: socket.socket, model_name: str) -> None:
+    """Serve until SIGINT or SIGTERM.
+
+    Args:
+        load: Opens the build.
+        sock: As made by ``bind``.
+        model_name: What clients call the model.
+
+    Raises:
+        LlmoptError: Whatever kept the build from opening.
+    """
+    service = Service(load, model_name=model_name, on_failure=lambda: server.handle_exit(signal.SIGTERM, None))
+    config = uvicorn.Config(
+        create_app(service), log_level="warning", access_log=False, lifespan="on", timeout_graceful_shutdown=GRACE
+    )
+    server = Server(config)
+    server.run(sockets=[sock])
+    if service.failure is not None:
+        raise service.failure

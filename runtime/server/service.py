@@ -1,0 +1,164 @@
+"""Joins the event loop of the server to the engine's thread: loading, submitting, waiting, cancelling, health."""
+
+import asyncio
+import contextlib
+import logging
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from typing import TypeAlias
+
+from starlette.requests import Request as HttpRequest
+
+from llmopt.runtime.build import Build
+from llmopt.runtime.engine import Engine, EngineClosedError, deliver_here
+from llmopt.runtime.request import Event, Request
+from llmopt.runtime.server.errors import ApiError
+
+__all__ = ["Receiver", "Service"]
+
+logger = logging.getLogger(__name__)
+
+MAX_UNFINISHED = 1024
+"""Sequences waiting or running before new ones are refused with 429."""
+
+STUCK_AFTER = 60.0
+"""Seconds one step may take before the server calls itself unhealthy."""
+
+Receiver: TypeAlias = Callable[[Event], None]
+
+
+class Service:
+    """One build, loaded in the background and served by one engine.
+
+    Args:
+        load: Opens the build; called in a thread.
+        model_name: What clients call the model.
+        on_failure: Called in the event loop when the build cannot be opened.
+    """
+
+    def __init__(
+        self, load: Callable[[], Build], *, model_name: str, on_failure: Callable[[], None] = lambda: None
+    ) -> None:
+        self.model_name = model_name
+        self.failure: BaseException | None = None
+        self._load = load
+        self._on_failure = on_failure
+        self._build: Build | None = None
+        self._engine: Engine | None = None
+        self._unfinished = 0
+
+    @property
+    def build(self) -> Build:
+        """The build.
+
+        Raises:
+            ApiError: 503 while it is loading or when it cannot be used any more.
+        """
+        self.check_health()
+        if self._build is None:
+            raise ApiError(503, "the model is loading", code="loading")
+        return self._build
+
+    def check_health(self) -> None:
+        """Return when requests can be answered.
+
+        Raises:
+            ApiError: 503 and why not.
+        """
+        if self.failure is not None:
+            raise ApiError(503, f"the model cannot be loaded: {self.failure}", code="failed")
+        if self._engine is None:
+            raise ApiError(503, "the model is loading", code="loading")
+        if not self._engine.is_alive:
+            raise ApiError(503, "the engine has stopped", code="dead")
+        if self._engine.seconds_in_step > STUCK_AFTER:
+            raise ApiError(503, f"one step has run for more than {STUCK_AFTER:.0f} s", code="stuck")
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Load in the background, and stop the engine at the end."""
+        loop = asyncio.get_running_loop()
+        # A daemon thread and not the loop's executor: an interrupted start must not wait for the load to finish.
+        threading.Thread(target=self._open, args=(loop,), name="llmopt-load", daemon=True).start()
+        try:
+            yield
+        finally:
+            if self._engine is not None:
+                await asyncio.to_thread(self._engine.stop)
+
+    def _open(self, loop: asyncio.AbstractEventLoop) -> None:
+        try:
+            build = self._load()
+        except BaseException as error:  # noqa: BLE001 - raised again by whoever started the server
+            self.failure = error
+            with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+                loop.call_soon_threadsafe(self._on_failure)
+            return
+
+        def deliver(events: Sequence[Event]) -> None:
+            loop.call_soon_threadsafe(deliver_here, events)
+
+        engine = Engine(build.backend, deliver=deliver)
+        engine.start()
+        self._build, self._engine = build, engine
+
+    def check_room(self, count: int) -> None:
+        """Refuse ``count`` more sequences when too many are unfinished.
+
+        Raises:
+            ApiError: 429.
+        """
+        if self._unfinished + count > MAX_UNFINISHED:
+            raise ApiError(429, f"{self._unfinished} sequences are waiting or running", code="queue_full")
+
+    async def run(self, requests: Sequence[Request], http: HttpRequest) -> AsyncGenerator[tuple[int, Event]]:
+        """Submit requests and yield what happens to them, each with the request's index, until all have ended.
+
+        They are cancelled when the client leaves, and when the caller stops listening.
+
+        Args:
+            requests: Made with ``receive`` unset; this sets it.
+            http: Whose client waits for them.
+        """
+        engine = self._engine
+        if engine is None:
+            raise ApiError(503, "the model is loading", code="loading")
+        events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        left = len(requests)
+        watcher = asyncio.create_task(_cancel_when_gone(http, engine, requests))
+        self._unfinished += left
+        try:
+            for index, request in enumerate(requests):
+                request.receive = _receiver(index, events)
+                try:
+                    engine.submit(request)
+                except EngineClosedError as error:
+                    raise ApiError(503, str(error), code="dead") from error
+            while left:
+                index, event = await events.get()
+                if event.finish is not None:
+                    left -= 1
+                    self._unfinished -= 1
+                yield index, event
+        finally:
+            watcher.cancel()
+            self._unfinished -= left
+            if left:
+                _cancel(engine, requests)
+
+
+def _receiver(index: int, events: "asyncio.Queue[tuple[int, Event]]") -> Receiver:
+    return lambda event: events.put_nowait((index, event))
+
+
+def _cancel(engine: Engine, requests: Sequence[Request]) -> None:
+    for request in requests:
+        engine.cancel(request)
+
+
+async def _cancel_when_gone(http: HttpRequest, engine: Engine, requests: Sequence[Request]) -> None:
+    """Wait for the client to leave: neither kind of response notices by itself while it waits for the engine."""
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+    logger.info("a client left: %d request(s) cancelled", len(requests))
+    _cancel(engine, requests)
