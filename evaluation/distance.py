@@ -50,8 +50,8 @@ class Distance:
 
     @property
     def mean_kl(self) -> float:
-        """Nats per token."""
-        return self.kl / self.positions
+        """Nats per token. Rounding may leave the sum of two equal models a little below 0; this is 0 then."""
+        return max(0.0, self.kl / self.positions)
 
     @property
     def top1(self) -> float:

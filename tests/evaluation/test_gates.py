@@ -8,7 +8,6 @@ from llmopt.optimizer.errors import InputError
 from llmopt.optimizer.gates import Gate
 from llmopt.optimizer.manifest import Measurement
 
-
 SIZE = {"windows": 8, "tokens": 1024}
 
 
