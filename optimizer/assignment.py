@@ -4,11 +4,12 @@ import re
 from collections.abc import Iterable
 from typing import Annotated, Literal
 
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+
 from llmopt.optimizer.contracts import QuantPass
 from llmopt.optimizer.errors import PassError
 from llmopt.optimizer.model import Model, QuantWeight
 from llmopt.optimizer.scheme import PRESETS, Scheme, SchemeOption
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 __all__ = ["Override", "SchemeQuantPass"]
 

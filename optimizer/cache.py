@@ -36,11 +36,19 @@ def sources_digest() -> str:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock named after ``path``; a second process waits. The lock ends with the process."""
+def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold an exclusive lock named after ``path``. It ends with the process, however that ends.
+
+    Args:
+        path: What the lock is for; the lock itself is a file beside it.
+        wait: Whether a second process waits, or fails at once.
+
+    Raises:
+        BlockingIOError: Another process holds the lock and ``wait`` is False.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_name(path.name + ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
 
 

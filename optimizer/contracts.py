@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -26,6 +26,8 @@ class PassContext:
 
     Attributes:
         seed: The recipe's seed; the only source of randomness.
+        strict: Whether a fallback is an error.
+        verify: How thoroughly results are checked.
         note: Records a fact in the manifest.
         fallback: Records that something less than asked for was done; raises under ``strict: true``.
         detail: Records one named value of the pass record, such as a count or a per-layer error.
@@ -35,6 +37,8 @@ class PassContext:
     """
 
     seed: int = 0
+    strict: bool = False
+    verify: Literal["none", "quick", "full"] = "quick"
     note: Callable[[str], None] = field(default=lambda text: None)
     fallback: Callable[[str], None] = field(default=lambda text: None)
     detail: Callable[[str, Any], None] = field(default=lambda name, value: None)
@@ -85,6 +89,10 @@ class Exporter(_Options):
     @abstractmethod
     def targets(self) -> list[Target]:
         """What executes the result; empty for checkpoints."""
+
+    @abstractmethod
+    def estimate(self, model: "Model") -> int:
+        """Bytes the files will take, nearly; asked before any work, to find a disk that is too full."""
 
     @abstractmethod
     def export(self, model: "Model", directory: Path, context: PassContext) -> "tuple[Engine, list[PassRecord]]":

@@ -1,5 +1,6 @@
 """Every error a user can meet, each with the exit code the command ends with."""
 
+import errno
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,6 +15,7 @@ __all__ = [
     "ResourceError",
     "UnsupportedError",
     "VerificationError",
+    "is_out_of_memory",
 ]
 
 
@@ -98,3 +100,14 @@ class ResourceError(LlmoptError):
     """Memory, disk or time ran out; what was finished is kept in the cache, so the build can be run again."""
 
     exit_code = 7
+
+
+# Libraries report a failed allocation as a RuntimeError with their own words.
+_OUT_OF_MEMORY_WORDS = ("can't allocate memory", "out of memory", "bad_alloc", "failed to allocate memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` says, in Python's or in a library's way, that an allocation failed."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _OUT_OF_MEMORY_WORDS)

@@ -1,9 +1,10 @@
 """Rounding a weight matrix to integers: the one place where a scale is chosen from a range of values."""
 
 import torch
+from torch import Tensor
+
 from llmopt.optimizer.model import QuantWeight
 from llmopt.optimizer.scheme import QuantSpec, Scheme
-from torch import Tensor
 
 __all__ = ["grid", "quantize"]
 

@@ -31,8 +31,8 @@ class Target:
             if not (weights.num_bits == 8 and weights.symmetric and weights.strategy == "channel"):
                 return "with int8 activations the cpu target needs symmetric int8 weights with one scale per channel"
             return None
-        if weights.num_bits == 3:
-            return "the cpu target has kernels for 2, 4 and 8 bits, not for 3"
+        if weights.num_bits not in (4, 8):
+            return f"the cpu target has kernels for 4 and 8 bits, not for {weights.num_bits}"
         if weights.strategy not in ("channel", "group"):
             return "the cpu target takes weight scales per channel or per group"
         if weights.group_size is not None and weights.group_size % 16:

@@ -1,5 +1,6 @@
 """An ONNX engine: the model as a graph with in-place KV, lowered for the target that will execute it."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -8,7 +9,7 @@ from pydantic import Field, PositiveInt
 
 from llmopt.exporters.onnx.lowering import lowered_graph
 from llmopt.exporters.onnx.rope import check_rope
-from llmopt.exporters.onnx.verify import Level, verify_lowering
+from llmopt.exporters.onnx.verify import verify_lowering
 from llmopt.optimizer.contracts import Exporter, PassContext
 from llmopt.optimizer.errors import UnsupportedError
 from llmopt.optimizer.manifest import Engine, PassRecord, TensorInfo
@@ -51,13 +52,11 @@ class Onnx(Exporter):
             )
 
     def estimate(self, model: Model) -> int:
-        """Bytes the engine's files will take, nearly: weights as stored, floats as float32."""
+        """See ``Exporter.estimate``: weights as stored, floats as float32."""
         weights = model.weights.values()
         return sum(4 * w.nbytes // w.dtype.itemsize if isinstance(w, DenseWeight) else w.nbytes for w in weights)
 
-    def export(
-        self, model: Model, directory: Path, context: PassContext, *, verify: Level = "quick", strict: bool = False
-    ) -> tuple[Engine, list[PassRecord]]:
+    def export(self, model: Model, directory: Path, context: PassContext) -> tuple[Engine, list[PassRecord]]:
         """See ``Exporter.export``.
 
         Raises:
@@ -65,9 +64,10 @@ class Onnx(Exporter):
         """
         target = TARGETS[self.target]
         capacity = self.capacity or int(model.config["max_position_embeddings"])
-        verdicts = verify_lowering(model, target, level=verify, seed=context.seed)
-        graph, records = lowered_graph(model, target, capacity=capacity, strict=strict)
-        records.append(PassRecord(name="verify", options={"level": verify}, changed=False, details=verdicts))
+        differences = verify_lowering(model, target, level=context.verify, seed=context.seed)
+        graph, records = lowered_graph(model, target, capacity=capacity, strict=context.strict)
+        options = {"level": context.verify}
+        records.append(PassRecord(name="verify_lowering", options=options, changed=False, details=differences))
         folder = directory / "engine"
         folder.mkdir(parents=True)
         ir.save(graph, folder / "model.onnx", external_data="model.onnx.data", callback=_progress(context))
@@ -92,7 +92,7 @@ class Onnx(Exporter):
         )
 
 
-def _progress(context: PassContext):  # type: ignore[no-untyped-def]
+def _progress(context: PassContext) -> Callable[[ir.TensorProtocol, ir.external_data.CallbackInfo], None]:
     def report(_: ir.TensorProtocol, info: ir.external_data.CallbackInfo) -> None:
         context.progress(info.index + 1, info.total)
 

@@ -13,7 +13,14 @@ from types import FrameType
 
 import click
 
-from llmopt.optimizer.errors import InputError, LlmoptError, MissingExtraError, RecipeError, ResourceError
+from llmopt.optimizer.errors import (
+    InputError,
+    LlmoptError,
+    MissingExtraError,
+    RecipeError,
+    ResourceError,
+    is_out_of_memory,
+)
 
 __all__ = ["exit_code_of", "interrupted_by_signals"]
 
@@ -27,9 +34,6 @@ _DISK_FULL = {
     errno.EFBIG: "the file system allows no file this large",
 }
 _UNUSABLE_PATH = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG}
-
-# Libraries report a failed allocation as a RuntimeError with their own words.
-_OUT_OF_MEMORY_WORDS = ("can't allocate memory", "out of memory", "std::bad_alloc", "failed to allocate memory")
 
 _EXTRA_OF = {"onnxruntime": "cpu", "starlette": "serve", "uvicorn": "serve"}
 
@@ -115,18 +119,12 @@ def _translated(error: Exception) -> LlmoptError | None:
         )
     if isinstance(error, OSError) and error.errno in _UNUSABLE_PATH and error.filename:
         return InputError(f"cannot use {error.filename}: {error.strerror}")
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         return ResourceError("out of memory", hint="close other programs, or use a machine with more memory")
     if isinstance(error, ModuleNotFoundError) and error.name:
         package = error.name.partition(".")[0]
         return MissingExtraError(package, _EXTRA_OF[package]) if package in _EXTRA_OF else None
     return None
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _OUT_OF_MEMORY_WORDS)
 
 
 def _last_own_line(error: Exception) -> str:

@@ -1,0 +1,238 @@
+"""``llmopt build`` as one path: recipe in, directory with engine, measurements and verdict out."""
+
+import os
+import resource
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from llmopt.optimizer.build_record import RECORD_NAME, BuildRecord
+from llmopt.optimizer.cache import digest_of, locked, publish
+from llmopt.optimizer.contracts import PassContext
+from llmopt.optimizer.errors import InputError, ResourceError
+from llmopt.optimizer.gates import Gate
+from llmopt.optimizer.manifest import (
+    MANIFEST_NAME,
+    Engine,
+    FileEntry,
+    Layer,
+    Manifest,
+    Measurement,
+    PassRecord,
+    SourceEntry,
+    Verdict,
+    sha256_of,
+)
+from llmopt.optimizer.model import Model, QuantWeight
+from llmopt.optimizer.pipeline import run_passes
+from llmopt.optimizer.progress import Progress
+from llmopt.optimizer.recipe import Recipe
+from llmopt.optimizer.sources import load_model
+
+__all__ = ["build"]
+
+_LIBRARIES = ("onnx", "onnx_ir", "onnxruntime", "onnxruntime-gpu", "onnxscript", "torch", "transformers")
+_NOT_LISTED = (MANIFEST_NAME, RECORD_NAME)
+
+
+def build(
+    recipe: Recipe, output: Path, *, cache: Path, progress: Progress, force: bool = False, offline: bool = False
+) -> Manifest:
+    """Build ``recipe`` into ``output``, which appears whole or not at all.
+
+    Args:
+        recipe: Checked already.
+        output: The build directory.
+        cache: Where finished passes and downloads are kept.
+        progress: Where steps are shown.
+        force: Whether an existing build in ``output`` is replaced.
+        offline: Whether hubs are left alone.
+
+    Returns:
+        The manifest; its verdict may be ``rejected``, in which case the build exists and says so.
+
+    Raises:
+        InputError: ``output`` exists, or is being written by another process; or the model cannot be read.
+        PassError, UnsupportedError, VerificationError, ResourceError: As their names say.
+    """
+    _refuse_existing(output, force=force)
+    record = BuildRecord()
+    torch.set_num_threads(_threads(recipe))
+    with _memory_limit(recipe), _exclusive(output, cache), publish(output) as directory:
+        with record.step("load_model"):
+            source = load_model(recipe.model, cache=cache, base=recipe.base, offline=offline)
+            _check(recipe, source, output)
+        with record.step("passes"):
+            model, passes = run_passes(source, recipe, cache=cache, progress=progress)
+        with record.step("export"):
+            engines, graph_passes = _export(recipe, model, directory, progress)
+            _copy_tokenizer(model, directory)
+        with record.step("measure"):
+            measurements, verdict = _measure(recipe, source, engines, directory, progress)
+        manifest = Manifest(
+            llmopt=version("llmopt"),
+            versions=_versions(),
+            source=SourceEntry(spec=source.source.spec, digest=source.source.digest, files=dict(source.source.files)),
+            recipe=recipe.resolved(),
+            architecture=model.arch.name,
+            layers=_layers(model, passes),
+            passes=passes,
+            graph_passes=graph_passes,
+            engines=engines,
+            measurements=measurements,
+            verdict=verdict,
+            files=_files(directory),
+        )
+        manifest.save(directory)
+        record.save(directory)
+    return manifest
+
+
+def _refuse_existing(output: Path, *, force: bool) -> None:
+    if not output.exists():
+        return
+    if not (output / MANIFEST_NAME).is_file():
+        raise InputError(f"{output} exists and is no build of llmopt", hint="name another directory with -o")
+    if not force:
+        raise InputError(f"{output} exists", hint="--force replaces it, or name another directory with -o")
+
+
+@contextmanager
+def _exclusive(output: Path, cache: Path) -> Iterator[None]:
+    """Let no second build write ``output``; the lock lies in the cache, so nothing is left beside the build."""
+    try:
+        with locked(cache / "locks" / digest_of(str(output.absolute())), wait=False):
+            yield
+    except BlockingIOError as error:
+        raise InputError(f"another build is writing {output}", hint="wait for it, or use another directory") from error
+
+
+@contextmanager
+def _memory_limit(recipe: Recipe) -> Iterator[None]:
+    """Let allocations beyond ``resources.max_ram_gb`` fail. Files that are only mapped do not count."""
+    limit = recipe.resources.max_ram_gb
+    if limit is None:
+        yield
+        return
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (int(limit * 1e9), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def _check(recipe: Recipe, model: Model, output: Path) -> None:
+    """What can be found out before any tensor is read: does the model fit passes and exporters, and the disk the files.
+
+    Passes after the first are asked again when it is their turn, on the model they will get.
+    """
+    for step in recipe.passes[:1]:
+        step.instance.requires(model)
+    names = [item.name for item in recipe.export]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise InputError(f"export has {', '.join(sorted(twice))} more than once", hint="one build holds one of each")
+    needed = 0
+    for item in recipe.export:
+        item.instance.check(model)
+        needed += item.instance.estimate(model)
+    parent = next(folder for folder in output.absolute().parents if folder.exists())
+    free = shutil.disk_usage(parent).free
+    # The estimate is of the unquantized model; a recipe that quantizes needs no more than half of it.
+    needed = needed // 2 if recipe.passes else needed
+    if needed > free:
+        raise ResourceError(
+            f"the build needs about {needed / 1e9:.1f} GB, the disk of {parent} has {free / 1e9:.1f} GB free",
+            hint="free some space, or name a directory on another disk with -o",
+        )
+
+
+def _export(
+    recipe: Recipe, model: Model, directory: Path, progress: Progress
+) -> tuple[list[Engine], dict[str, list[PassRecord]]]:
+    engines, records = [], {}
+    for item in recipe.export:
+        with progress.step(f"export {item.name}") as tick:
+            context = PassContext(seed=recipe.seed, strict=recipe.strict, verify=recipe.verify, progress=tick)
+            engine, graph_records = item.instance.export(model, directory, context)
+        engines.append(engine)
+        records[engine.path] = graph_records
+    return engines, records
+
+
+def _copy_tokenizer(model: Model, directory: Path) -> None:
+    """Everything a server needs besides the engine lies in the build."""
+    names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "config.json")
+    for name in names:
+        if (path := model.source.tokenizer_dir / name).is_file():
+            shutil.copyfile(path, directory / name)
+
+
+def _measure(
+    recipe: Recipe, source: Model, engines: list[Engine], directory: Path, progress: Progress
+) -> tuple[list[Measurement], Verdict]:
+    """Measure the engine against the source model on the gates' texts, and judge it.
+
+    A recipe without gates is measured on text sampled from the model, so that no build goes unmeasured.
+    """
+    from llmopt.evaluation.gates import judge, texts_for
+    from llmopt.evaluation.measure import measure
+    from llmopt.runtime.backends.onnxruntime import open_backend
+
+    if not engines:
+        return [], judge(recipe.accept, [])
+    threads = _threads(recipe)
+    gates = recipe.accept or [Gate(metric="kl", max=0)]
+    with progress.step("texts") as tick:
+        texts = texts_for(gates, source, base=recipe.base, seed=recipe.seed, threads=threads, progress=tick)
+    longest = max(text.ids.shape[1] for text in texts)
+    backend = open_backend(directory, engines[0], slots=1, capacity=longest, threads=threads)
+    with progress.step("measure") as tick:
+        measurements = measure(source, backend, texts, threads=threads, progress=tick)
+    return measurements, judge(recipe.accept, measurements)
+
+
+def _threads(recipe: Recipe) -> int:
+    return recipe.resources.threads or len(os.sched_getaffinity(0))
+
+
+def _layers(model: Model, passes: list[PassRecord]) -> list[Layer]:
+    errors = {name: error for record in passes for name, error in record.details.get("errors", {}).items()}
+    layers = []
+    for module in model.linears():
+        weight = model.weights[model.weight_of(module)]
+        scheme = weight.scheme.name if isinstance(weight, QuantWeight) else str(weight.dtype).removeprefix("torch.")
+        layers.append(
+            Layer(
+                name=module,
+                shape=list(weight.shape),
+                scheme=scheme,
+                bytes=weight.nbytes,
+                error=errors.get(module),
+            )
+        )
+    return layers
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _files(directory: Path) -> dict[str, FileEntry]:
+    paths = sorted(path for path in directory.rglob("*") if path.is_file())
+    names = {path.relative_to(directory).as_posix(): path for path in paths}
+    return {
+        name: FileEntry(bytes=path.stat().st_size, sha256=sha256_of(path))
+        for name, path in names.items()
+        if name not in _NOT_LISTED
+    }

@@ -1,0 +1,70 @@
+"""Build a recipe into a directory with an engine, its measured loss and a verdict."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from llmopt.optimizer.manifest import Manifest
+
+__all__ = ["command"]
+
+_REJECTED = 4
+
+
+@click.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="The build directory.  [default: out/RECIPE]")
+@click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Change an option of the recipe, as in "
+              "passes.0.round_to_nearest.group_size=64; may be repeated.")  # fmt: skip
+@click.option("--force", is_flag=True, help="Replace an existing build.")
+@click.option("--offline", is_flag=True, help="Do not ask model hubs; what is in the cache is used.")
+@click.option("--json", "as_json", is_flag=True, help="Print progress and the result as JSON lines.")
+@click.option("-q", "--quiet", is_flag=True, help="Print the result only.")
+def command(
+    recipe: Path,
+    output: Path | None,
+    overrides: tuple[str, ...],
+    force: bool,
+    offline: bool,
+    as_json: bool,
+    quiet: bool,
+) -> int:
+    """Build RECIPE into a directory with an engine, its measured loss and a verdict.
+
+    The directory appears when everything has succeeded, and not before. Exit code 4 means that the build missed a
+    gate of the recipe: it exists, and says so.
+    """
+    from llmopt.optimizer.cache import cache_root
+    from llmopt.optimizer.progress import choose
+    from llmopt.optimizer.recipe import Recipe
+
+    checked = Recipe.load(recipe, overrides)
+    from llmopt.optimizer.build import build
+
+    output = output or Path("out") / recipe.stem
+    progress = choose(as_json=as_json, quiet=quiet)
+    manifest = build(checked, output, cache=cache_root(), progress=progress, force=force, offline=offline)
+    if as_json:
+        progress.result({"output": str(output), **manifest.model_dump(mode="json")})
+    else:
+        _show(manifest, output)
+    return _REJECTED if manifest.verdict.status == "rejected" else 0
+
+
+def _show(manifest: "Manifest", output: Path) -> None:
+    """The measurements and what to do next."""
+    from rich.console import Console
+
+    from llmopt.optimizer.cli._tables import gates_table, measurements_table
+
+    console = Console(highlight=False)
+    if manifest.measurements:
+        console.print(measurements_table(manifest.measurements))
+    if manifest.verdict.gates:
+        console.print(gates_table(manifest.verdict))
+    size = sum(entry.bytes for name, entry in manifest.files.items() if name.startswith("engine/"))
+    console.print(f"{output}: {size / 1e6:.1f} MB, {manifest.verdict.status}")
+    if manifest.verdict.status != "rejected":
+        console.print(f"next: llmopt chat {output}", style="dim")

@@ -1,0 +1,106 @@
+"""Show what is in a build: layers, schemes, sizes, passes, measurements and the verdict."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from llmopt.optimizer.manifest import Manifest
+
+__all__ = ["command"]
+
+
+@click.command()
+@click.argument("build", type=click.Path(path_type=Path))
+@click.option("--layers", "every_layer", is_flag=True, help="A row for every linear layer instead of a summary.")
+@click.option("--verify", is_flag=True, help="Compare the digest of every file with the manifest's.")
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
+def command(build: Path, every_layer: bool, verify: bool, as_json: bool) -> None:
+    """Show what is in BUILD: layers, schemes, sizes, passes, measurements and the verdict."""
+    from llmopt.optimizer.manifest import Manifest
+
+    manifest = Manifest.load(build, verify=verify)
+    if as_json:
+        click.echo(manifest.model_dump_json(indent=1))
+        return
+    from rich.console import Console
+
+    _show(manifest, Console(highlight=False), every_layer=every_layer)
+    if verify:
+        click.echo(f"verified: {len(manifest.files)} files are what the manifest says")
+
+
+def _show(manifest: "Manifest", console: "Console", *, every_layer: bool) -> None:
+    from llmopt.optimizer.cli._tables import gates_table, measurements_table
+
+    console.print(f"model    {manifest.source.spec} ({manifest.architecture})", soft_wrap=True)
+    console.print(f"source   sha256 {manifest.source.digest}", soft_wrap=True)
+    for engine in manifest.engines:
+        console.print(
+            f"engine   {engine.path}: {engine.exporter} for {engine.target}, {engine.num_layers} layers, "
+            f"up to {engine.capacity} tokens",
+            soft_wrap=True,
+        )
+    console.print()
+    _print_layers(manifest, console, every_layer=every_layer)
+    _print_passes(manifest, console)
+    if manifest.measurements:
+        console.print(measurements_table(manifest.measurements))
+    if manifest.verdict.gates:
+        console.print(gates_table(manifest.verdict))
+    else:
+        console.print(f"verdict: {manifest.verdict.status} (the recipe has no gates)")
+
+
+def _print_layers(manifest: "Manifest", console: "Console", *, every_layer: bool) -> None:
+    from rich.table import Table
+
+    table = Table(title="linear layers", title_justify="left")
+    table.add_column("layer" if every_layer else "layers")
+    for name in ("shape", "scheme", "MB", "weight error"):
+        table.add_column(name, justify="right" if name in ("MB", "weight error") else "left")
+    for label, shape, scheme, size, error in _rows(manifest, every_layer=every_layer):
+        table.add_row(label, shape, scheme, f"{size / 1e6:.2f}", "" if error is None else f"{error:.4f}")
+    total = sum(layer.bytes for layer in manifest.layers)
+    table.add_section()
+    table.add_row("all", "", "", f"{total / 1e6:.2f}", "")
+    console.print(table)
+
+
+def _rows(manifest: "Manifest", *, every_layer: bool) -> list[tuple[str, str, str, int, float | None]]:
+    """Label, shape, scheme, bytes and mean error; layers that differ only in their number are one row in a summary."""
+    groups: dict[tuple[str, str, str], list[tuple[int, float | None]]] = {}
+    for layer in manifest.layers:
+        parts = layer.name.split(".")
+        label = layer.name if every_layer else ".".join("*" if part.isdigit() else part for part in parts)
+        shape = " x ".join(str(size) for size in layer.shape)
+        groups.setdefault((label, shape, layer.scheme), []).append((layer.bytes, layer.error))
+    rows = []
+    for (label, shape, scheme), found in groups.items():
+        errors = [error for _, error in found if error is not None]
+        mean = sum(errors) / len(errors) if errors else None
+        text = label if len(found) == 1 else f"{label} ({len(found)})"
+        rows.append((text, shape, scheme, sum(size for size, _ in found), mean))
+    return rows
+
+
+def _print_passes(manifest: "Manifest", console: "Console") -> None:
+    from rich.table import Table
+
+    table = Table(title="passes", title_justify="left")
+    for name in ("pass", "applied", "notes"):
+        table.add_column(name)
+    everything = [*manifest.passes, *(record for records in manifest.graph_passes.values() for record in records)]
+    for record in everything:
+        declined = record.details.get("declined") or []
+        notes = [*(f"fallback: {text}" for text in record.fallbacks), *record.notes]
+        notes += [f"declined {len(declined)}: {declined[0]}"] if declined else []
+        if record.name == "verify_lowering" and record.details:
+            worst = max(record.details, key=lambda name: float(record.details[name]))
+            notes.append(f"{len(record.details)} layers, worst {worst}: {record.details[worst]:.2g}")
+        applied = str(record.details.get("applied", "yes" if record.changed else ""))
+        table.add_row(record.name, applied, "\n".join(notes))
+    console.print(table)

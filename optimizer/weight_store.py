@@ -1,0 +1,88 @@
+"""Weights on disk between two passes: written a few at a time, read back memory-mapped."""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llmopt.optimizer.model import DenseWeight, QuantWeight, Weight
+from llmopt.optimizer.scheme import Scheme
+
+__all__ = ["WeightStore", "read_weights"]
+
+_INDEX = "weights.json"
+
+
+class WeightStore:
+    """Writes weights into a directory, one safetensors file per call, and an index when closed."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._index: dict[str, dict[str, Any]] = {}
+        self._files = 0
+
+    def keep(self, weights: Mapping[str, Weight]) -> Mapping[str, Weight]:
+        """Write ``weights`` and return them memory-mapped. See ``PassContext.keep``."""
+        file = f"{self._files:05d}.safetensors"
+        self._files += 1
+        tensors: dict[str, Tensor] = {}
+        for name, weight in weights.items():
+            tensors |= _tensors(name, weight)
+            self._index[name] = {"file": file}
+            if isinstance(weight, QuantWeight):
+                self._index[name]["scheme"] = weight.scheme.model_dump(mode="json")
+        _save({name: tensor.contiguous() for name, tensor in tensors.items()}, self._directory / file)
+        return {name: _read(self._directory, name, self._index[name]) for name in weights}
+
+    def holds(self, name: str) -> bool:
+        """Whether ``name`` was kept."""
+        return name in self._index
+
+    def close(self) -> None:
+        """Write the index."""
+        (self._directory / _INDEX).write_text(json.dumps(self._index, sort_keys=True), encoding="utf-8")
+
+
+def read_weights(directory: Path) -> dict[str, Weight]:
+    """All weights of a closed store, memory-mapped."""
+    index = json.loads((directory / _INDEX).read_text(encoding="utf-8"))
+    return {name: _read(directory, name, entry) for name, entry in index.items()}
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    """``save_file``, whose own exception hides the number of the system's error.
+
+    Raises:
+        OSError: The disk is full, or another error of the system.
+    """
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        found = re.search(r"os error (\d+)", str(error))
+        if found is None:
+            raise
+        number = int(found[1])
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def _tensors(name: str, weight: Weight) -> dict[str, Tensor]:
+    if isinstance(weight, DenseWeight):
+        return {name: weight.load()}
+    parts = {f"{name}.values": weight.values, f"{name}.scale": weight.scale}
+    return parts if weight.zero is None else {**parts, f"{name}.zero": weight.zero}
+
+
+def _read(directory: Path, name: str, entry: Mapping[str, Any]) -> Weight:
+    # The handle maps the file and its tensors share that memory, so neither costs any until it is read.
+    file: Any = safe_open(directory / entry["file"], "pt")
+    if "scheme" not in entry:
+        return DenseWeight.of(file.get_tensor(name))
+    zero = file.get_tensor(f"{name}.zero") if f"{name}.zero" in file.keys() else None  # noqa: SIM118
+    values, scale = file.get_tensor(f"{name}.values"), file.get_tensor(f"{name}.scale")
+    return QuantWeight(values, scale, zero, Scheme.model_validate(entry["scheme"]))
