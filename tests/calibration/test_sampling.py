@@ -78,7 +78,7 @@ def test_a_sampling_that_is_interrupted_leaves_nothing_behind(model, monkeypatch
 
 def test_progress_counts_every_step_up_to_the_total(model):
     calls = []
-    sample_tokens(model, Sampling("evaluation", windows=20, tokens=4), progress=lambda *call: calls.append(call))
+    sample_tokens(model, Sampling("evaluation", windows=70, tokens=4), progress=lambda *call: calls.append(call))
     assert [done for done, _ in calls] == [2, 3, 4, 6, 7, 8]
     assert {total for _, total in calls} == {8}
 
