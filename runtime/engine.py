@@ -135,7 +135,7 @@ class Engine:
 
     def _wait(self) -> bool:
         """Sleep until there is something to do; False when that is to stop."""
-        if not self._scheduler.has_work:
+        if not self._scheduler.has_work and not self._is_stopping:
             self._obey(*self._inbox.get())
         return not self._is_stopping
 

@@ -232,6 +232,15 @@ def test_the_thread_serves_and_stops(tokenizer):
         engine.submit(asked[0].request)
 
 
+def test_a_stop_behind_other_messages_is_obeyed(tokenizer):
+    engine, asked = Engine(backend()), Asked(tokenizer, [1, 2])
+    engine.cancel(asked.request)
+    engine._inbox.put(("stop", None))
+    engine.start()
+    engine._thread.join(10)
+    assert not engine.is_alive
+
+
 def test_stopping_aborts_what_runs(tokenizer):
     started, go = threading.Event(), threading.Event()
 

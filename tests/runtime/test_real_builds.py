@@ -1,0 +1,205 @@
+"""The engine over ONNX Runtime and builds made by llmopt itself: exact under load, and the same as transformers."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llmopt.optimizer.cache import cache_root
+from llmopt.optimizer.errors import InputError, RejectedError, VerificationError
+from llmopt.optimizer.manifest import Manifest, Verdict
+from llmopt.runtime.build import open_build, pool_bytes
+from llmopt.runtime.conversation import speaking
+from llmopt.runtime.engine import Engine
+from llmopt.runtime.request import Generation, Request
+from llmopt.runtime.sampler import Sampling
+from llmopt.runtime.text import TextStream, Tokenizer
+
+
+def built(model: str, scheme: str | None, output: Path, cache: Path) -> Path:
+    from llmopt.optimizer.build import build
+    from llmopt.optimizer.progress import Silent
+    from llmopt.optimizer.recipe import Recipe
+
+    recipe = output.with_suffix(".yaml")
+    passes = f"passes: [round_to_nearest: {{scheme: {scheme}}}]\n" if scheme else ""
+    recipe.write_text(
+        f"version: 1\nmodel: {model}\n{passes}export: [onnx: {{target: cpu}}]\n"
+        "verify: none\nresources: {threads: 2}\n"
+    )
+    build(Recipe.load(recipe), output, cache=cache, progress=Silent())
+    return output
+
+
+@pytest.fixture(scope="session")
+def tiny_build(tiny_llama, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny-build")
+    return built(str(tiny_llama), "W8A8", folder / "build", folder / "cache")
+
+
+@pytest.fixture(scope="session")
+def tiny_float_build(tiny_llama, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny-float-build")
+    return built(str(tiny_llama), None, folder / "build", folder / "cache")
+
+
+@pytest.fixture(scope="session")
+def smollm2_build(smollm2_spec, tmp_path_factory):
+    return built(smollm2_spec, "W8A8", tmp_path_factory.mktemp("smollm2-build") / "build", cache_root())
+
+
+class Asked:
+    def __init__(self, tokenizer, ids, **generation):
+        self.events = []
+        self.request = Request(
+            np.array(ids), Generation(**generation), text=TextStream(tokenizer), receive=self.events.append
+        )
+
+    @property
+    def answer(self):
+        return [(event.token, event.text, event.logprob, event.finish) for event in self.events]
+
+
+def one_of_many(tokenizer, vocab, i, *, longest, most):
+    rng = random.Random(i)
+    ids = [rng.randrange(vocab) for _ in range(rng.choice([1, 2, 3, rng.randint(4, longest)]))]
+    sampling = Sampling(temperature=i % 2, seed=i, logprobs=3)
+    return Asked(tokenizer, ids, max_tokens=rng.randint(1, most), sampling=sampling)
+
+
+def check_exact_under_load(directory, *, count, longest, most, threads):
+    crowd = open_build(directory, slots=5, threads=threads)
+    vocab, tokenizer = crowd.backend.engine.vocab_size, crowd.tokenizer
+    together = [one_of_many(tokenizer, vocab, i, longest=longest, most=most) for i in range(count)]
+    engine = Engine(crowd.backend)
+    for asked in together:
+        engine.submit(asked.request)
+        engine.step()
+    while engine.step():
+        pass
+    quiet = Engine(open_build(directory, slots=1, threads=threads).backend)
+    for i, asked in enumerate(together):
+        alone = one_of_many(tokenizer, vocab, i, longest=longest, most=most)
+        quiet.submit(alone.request)
+        while quiet.step():
+            pass
+        assert alone.answer == asked.answer
+        assert len(alone.events) == alone.request.generation.max_tokens
+
+
+@pytest.mark.parametrize("name", ["tiny_build", "tiny_float_build"])
+def test_answers_are_the_same_to_the_bit_alone_and_under_load(name, request):
+    check_exact_under_load(request.getfixturevalue(name), count=16, longest=120, most=40, threads=1)
+
+
+@pytest.mark.real_model
+def test_answers_of_the_real_model_are_the_same_to_the_bit_alone_and_under_load(smollm2_build):
+    check_exact_under_load(smollm2_build, count=9, longest=700, most=12, threads=2)
+
+
+def test_greedy_answers_are_those_of_transformers(tiny_float_build, tiny_llama):
+    import torch
+    from transformers import LlamaForCausalLM
+
+    ids = [5, 99, 300, 42, 7, 7, 250]
+    network = LlamaForCausalLM.from_pretrained(tiny_llama)
+    with torch.no_grad():
+        expected = network.generate(torch.tensor([ids]), max_new_tokens=40, do_sample=False, eos_token_id=None)
+    build = open_build(tiny_float_build, threads=1)
+    asked = Asked(build.tokenizer, ids, max_tokens=40, sampling=Sampling(temperature=0))
+    engine = Engine(build.backend)
+    engine.submit(asked.request)
+    while engine.step():
+        pass
+    assert asked.request.output == expected[0, len(ids) :].tolist()
+
+
+@pytest.mark.real_model
+def test_the_real_model_knows_the_capital_of_france(smollm2_build):
+    with speaking(open_build(smollm2_build, slots=1, threads=2)) as speaker:
+        question = [{"role": "user", "content": "What is the capital of France?"}]
+        assert "Paris" in "".join(speaker.chat(question, Sampling(temperature=0), max_tokens=20))
+
+
+@pytest.mark.real_model
+def test_the_real_chat_template_renders_as_in_transformers(smollm2_build):
+    from transformers import AutoTokenizer
+
+    messages = [
+        {"role": "user", "content": 'Say "hi" to <b>Zoë</b>'},
+        {"role": "assistant", "content": "hi 👋"},
+        {"role": "user", "content": "and bye"},
+    ]
+    reference, ours = AutoTokenizer.from_pretrained(smollm2_build), Tokenizer(smollm2_build)
+    for system in ([], [{"role": "system", "content": "Be brief."}]):
+        text = ours.chat_template.render(system + messages)
+        assert text == reference.apply_chat_template(system + messages, add_generation_prompt=True, tokenize=False)
+        ids = ours.encode(text, add_special_tokens=False)
+        assert ids == reference.apply_chat_template(system + messages, add_generation_prompt=True).input_ids
+        assert ours.stop_ids == {reference.eos_token_id}
+
+
+def test_defaults_follow_the_engine(tiny_build):
+    build = open_build(tiny_build, threads=1)
+    assert (build.backend.slots, build.backend.capacity) == (8, 256)
+    assert open_build(tiny_build, slots=2, context=64, threads=1).backend.capacity == 64
+    assert build.fingerprint == open_build(tiny_build, threads=1).fingerprint
+    # 3 layers, keys and values, 2 heads of 16 float32, 8 slots of 256 tokens.
+    assert pool_bytes(build.backend.engine, 8, 256) == 3 * 2 * 2 * 16 * 4 * 8 * 256
+
+
+def copied(directory, tmp_path, **changes):
+    import shutil
+
+    shutil.copytree(directory, tmp_path / "copy")
+    manifest = Manifest.load(directory).model_copy(update=changes)
+    manifest.save(tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_a_rejected_build_opens_only_by_force(tiny_build, tmp_path):
+    rejected = copied(tiny_build, tmp_path, verdict=Verdict(status="rejected"))
+    with pytest.raises(RejectedError):
+        open_build(rejected, threads=1)
+    open_build(rejected, threads=1, force=True)
+
+
+def test_a_changed_size_is_found_always_and_a_changed_byte_by_verifying(tiny_build, tmp_path):
+    build = copied(tiny_build, tmp_path)
+    path = build / "engine" / "model.onnx.data"
+    data = bytearray(path.read_bytes())
+    data[100] ^= 1
+    path.write_bytes(data)
+    open_build(build, threads=1)
+    with pytest.raises(VerificationError, match="was changed"):
+        open_build(build, threads=1, verify=True)
+    path.write_bytes(data[:-1])
+    with pytest.raises(VerificationError, match="bytes instead of"):
+        open_build(build, threads=1)
+
+
+def test_a_build_without_an_engine_for_this_machine_is_refused(tiny_build, tmp_path):
+    with pytest.raises(InputError, match="no engine"):
+        open_build(copied(tiny_build, tmp_path, engines=[]), threads=1)
+
+
+def test_no_build_is_an_input_error(tmp_path):
+    with pytest.raises(InputError, match="not a build"):
+        open_build(tmp_path)
+
+
+def test_a_conversation_without_room_is_an_input_error(tiny_build):
+    with speaking(open_build(tiny_build, context=4, threads=1)) as speaker:
+        with pytest.raises(InputError, match="no room"):
+            list(speaker.complete("one two three four", Sampling(), max_tokens=5))
+        with pytest.raises(InputError, match="empty"):
+            list(speaker.complete("", Sampling(), max_tokens=5))
+
+
+def test_leaving_an_answer_frees_the_engine(tiny_build):
+    with speaking(open_build(tiny_build, slots=1, threads=1)) as speaker:
+        answer = speaker.complete("The river", Sampling(temperature=1, seed=1), max_tokens=200)
+        next(answer)
+        answer.close()
+        assert "".join(speaker.complete("The river", Sampling(temperature=1, seed=1), max_tokens=20))
