@@ -1,5 +1,6 @@
 """Show what is in a build: layers, schemes, sizes, passes, measurements and the verdict."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,7 +9,7 @@ import click
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from llmopt.optimizer.manifest import Manifest
+    from llmopt.optimizer.manifest import Layer, Manifest
 
 __all__ = ["command"]
 
@@ -59,31 +60,41 @@ def _print_layers(manifest: "Manifest", console: "Console", *, every_layer: bool
     from rich.table import Table
 
     table = Table(title="linear layers", title_justify="left")
-    table.add_column("layer" if every_layer else "layers")
-    for name in ("shape", "scheme", "MB", "weight error"):
-        table.add_column(name, justify="right" if name in ("MB", "weight error") else "left")
-    for label, shape, scheme, size, error in _rows(manifest, every_layer=every_layer):
-        table.add_row(label, shape, scheme, f"{size / 1e6:.2f}", "" if error is None else f"{error:.4f}")
+    table.add_column("layer", no_wrap=True)
+    for name in ("count", "shape", "scheme", "MB", "error"):
+        table.add_column(name, justify="left" if name in ("shape", "scheme") else "right")
+    for row in _rows(manifest, every_layer=every_layer):
+        error = "" if row.error is None else f"{row.error:.4f}"
+        table.add_row(row.label, str(row.count), row.shape, row.scheme, f"{row.size / 1e6:.2f}", error)
     total = sum(layer.bytes for layer in manifest.layers)
     table.add_section()
-    table.add_row("all", "", "", f"{total / 1e6:.2f}", "")
+    table.add_row("all", str(len(manifest.layers)), "", "", f"{total / 1e6:.2f}", "")
     console.print(table)
 
 
-def _rows(manifest: "Manifest", *, every_layer: bool) -> list[tuple[str, str, str, int, float | None]]:
-    """Label, shape, scheme, bytes and mean error; layers that differ only in their number are one row in a summary."""
-    groups: dict[tuple[str, str, str], list[tuple[int, float | None]]] = {}
+@dataclass(frozen=True, slots=True)
+class _Row:
+    label: str
+    count: int
+    shape: str
+    scheme: str
+    size: int
+    error: float | None
+
+
+def _rows(manifest: "Manifest", *, every_layer: bool) -> list[_Row]:
+    """A row per layer, or per set of layers that differ only in their number, with sizes summed and errors averaged."""
+    groups: dict[tuple[str, str, str], list[Layer]] = {}
     for layer in manifest.layers:
         parts = layer.name.split(".")
         label = layer.name if every_layer else ".".join("*" if part.isdigit() else part for part in parts)
-        shape = " x ".join(str(size) for size in layer.shape)
-        groups.setdefault((label, shape, layer.scheme), []).append((layer.bytes, layer.error))
+        shape = "x".join(str(size) for size in layer.shape)
+        groups.setdefault((label, shape, layer.scheme), []).append(layer)
     rows = []
-    for (label, shape, scheme), found in groups.items():
-        errors = [error for _, error in found if error is not None]
+    for (label, shape, scheme), layers in groups.items():
+        errors = [layer.error for layer in layers if layer.error is not None]
         mean = sum(errors) / len(errors) if errors else None
-        text = label if len(found) == 1 else f"{label} ({len(found)})"
-        rows.append((text, shape, scheme, sum(size for size, _ in found), mean))
+        rows.append(_Row(label, len(layers), shape, scheme, sum(layer.bytes for layer in layers), mean))
     return rows
 
 
