@@ -94,7 +94,11 @@ def _source(manifest: Manifest, question: Question) -> Model:
             f"the build's source model cannot be read: {error.message}", hint=error.hint or hint
         ) from error
     if model.source.digest != manifest.source.digest:
-        raise InputError(f"{spec} is not the model this build was made from: its digest is another", hint=hint)
+        now, then = model.source.files, manifest.source.files
+        changed = sorted(name for name in {*now, *then} if now.get(name) != then.get(name))
+        raise InputError(
+            f"{spec} is not the model this build was made from; other contents: {', '.join(changed)}", hint=hint
+        )
     return model
 
 
