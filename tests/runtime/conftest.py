@@ -1,4 +1,4 @@
-"""A one-layer ONNX engine that follows the contract, small enough to check by hand, and a tokenizer of bytes."""
+"""Engines to run: one of a single layer to check by hand, and builds made by llmopt; and a tokenizer of bytes."""
 
 import json
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ import pytest
 import tokenizers
 from onnx import TensorProto, helper, numpy_helper
 
+from llmopt.optimizer.cache import cache_root
 from llmopt.optimizer.manifest import Engine, TensorInfo
 
 HEADS, KV_HEADS, HEAD_DIM, VOCAB, CAPACITY = 4, 2, 16, 50, 96
@@ -165,3 +166,35 @@ def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "{{ bos_token }}{{ m.role }}:{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
     )
     return directory
+
+
+def built(model: str, scheme: str | None, output: Path, cache: Path) -> Path:
+    from llmopt.optimizer.build import build
+    from llmopt.optimizer.progress import Silent
+    from llmopt.optimizer.recipe import Recipe
+
+    recipe = output.with_suffix(".yaml")
+    passes = f"passes: [round_to_nearest: {{scheme: {scheme}}}]\n" if scheme else ""
+    recipe.write_text(
+        f"version: 1\nmodel: {model}\n{passes}export: [onnx: {{target: cpu}}]\n"
+        "verify: none\nresources: {threads: 2}\n"
+    )
+    build(Recipe.load(recipe), output, cache=cache, progress=Silent())
+    return output
+
+
+@pytest.fixture(scope="session")
+def tiny_build(tiny_llama, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny-build")
+    return built(str(tiny_llama), "W8A8", folder / "build", folder / "cache")
+
+
+@pytest.fixture(scope="session")
+def tiny_float_build(tiny_llama, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny-float-build")
+    return built(str(tiny_llama), None, folder / "build", folder / "cache")
+
+
+@pytest.fixture(scope="session")
+def smollm2_build(smollm2_spec, tmp_path_factory):
+    return built(smollm2_spec, "W8A8", tmp_path_factory.mktemp("smollm2-build") / "build", cache_root())

@@ -1,12 +1,10 @@
 """The engine over ONNX Runtime and builds made by llmopt itself: exact under load, and the same as transformers."""
 
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from llmopt.optimizer.cache import cache_root
 from llmopt.optimizer.errors import InputError, RejectedError, VerificationError
 from llmopt.optimizer.manifest import Manifest, Verdict
 from llmopt.runtime.build import open_build, pool_bytes
@@ -15,38 +13,6 @@ from llmopt.runtime.engine import Engine
 from llmopt.runtime.request import Generation, Request
 from llmopt.runtime.sampler import Sampling
 from llmopt.runtime.text import TextStream, Tokenizer
-
-
-def built(model: str, scheme: str | None, output: Path, cache: Path) -> Path:
-    from llmopt.optimizer.build import build
-    from llmopt.optimizer.progress import Silent
-    from llmopt.optimizer.recipe import Recipe
-
-    recipe = output.with_suffix(".yaml")
-    passes = f"passes: [round_to_nearest: {{scheme: {scheme}}}]\n" if scheme else ""
-    recipe.write_text(
-        f"version: 1\nmodel: {model}\n{passes}export: [onnx: {{target: cpu}}]\n"
-        "verify: none\nresources: {threads: 2}\n"
-    )
-    build(Recipe.load(recipe), output, cache=cache, progress=Silent())
-    return output
-
-
-@pytest.fixture(scope="session")
-def tiny_build(tiny_llama, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny-build")
-    return built(str(tiny_llama), "W8A8", folder / "build", folder / "cache")
-
-
-@pytest.fixture(scope="session")
-def tiny_float_build(tiny_llama, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny-float-build")
-    return built(str(tiny_llama), None, folder / "build", folder / "cache")
-
-
-@pytest.fixture(scope="session")
-def smollm2_build(smollm2_spec, tmp_path_factory):
-    return built(smollm2_spec, "W8A8", tmp_path_factory.mktemp("smollm2-build") / "build", cache_root())
 
 
 class Asked:
@@ -187,19 +153,3 @@ def test_a_build_without_an_engine_for_this_machine_is_refused(tiny_build, tmp_p
 def test_no_build_is_an_input_error(tmp_path):
     with pytest.raises(InputError, match="not a build"):
         open_build(tmp_path)
-
-
-def test_a_conversation_without_room_is_an_input_error(tiny_build):
-    with speaking(open_build(tiny_build, context=4, threads=1)) as speaker:
-        with pytest.raises(InputError, match="no room"):
-            list(speaker.complete("one two three four", Sampling(), max_tokens=5))
-        with pytest.raises(InputError, match="empty"):
-            list(speaker.complete("", Sampling(), max_tokens=5))
-
-
-def test_leaving_an_answer_frees_the_engine(tiny_build):
-    with speaking(open_build(tiny_build, slots=1, threads=1)) as speaker:
-        answer = speaker.complete("The river", Sampling(temperature=1, seed=1), max_tokens=200)
-        next(answer)
-        answer.close()
-        assert "".join(speaker.complete("The river", Sampling(temperature=1, seed=1), max_tokens=20))
