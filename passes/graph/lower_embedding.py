@@ -7,7 +7,6 @@ import onnx_ir as ir
 from onnxscript.rewriter import pattern
 
 from llmopt.optimizer.contracts import GraphPass, PassContext
-from llmopt.optimizer.lazy_tensor import lazy_tensor
 from llmopt.passes.graph._nbits import BlockWeight, block_weight, matmul_nbits
 from llmopt.passes.graph._rules import apply_rules, attribute
 
@@ -43,7 +42,10 @@ def _is_rounded(x: ir.Value) -> bool:
 
 
 class _PerChannelRule(_TiedRule):
-    """W8A8: the integers are laid out ``[columns, vocabulary]`` for the head; the embedding gathers columns."""
+    """W8A8: the embedding gathers rows of integers, and the head multiplies with their transpose.
+
+    ONNX Runtime folds the transposition when it loads the engine, so the file holds the table once.
+    """
 
     def refusal(self, x: ir.Value, table: ir.Value) -> str | None:
         node = table.producer()
@@ -59,15 +61,9 @@ class _PerChannelRule(_TiedRule):
 
     def rewrite(self, op: Any, ids: ir.Value, x: ir.Value, table: ir.Value) -> Any:
         values, scale = _inputs(table)
-        assert values is not None
-        assert values.const_value is not None
-        tensor, name = values.const_value, f"{values.name}.transposed"
-        shape = list(reversed(tensor.shape.numpy()))
-        columns = op.initializer(lazy_tensor(name, tensor.dtype, shape, lambda: tensor.numpy().T), name=name)
-        gathered = op.Transpose(op.Gather(columns, ids, axis=1), perm=[1, 2, 0])
         scales = op.Unsqueeze(op.Gather(scale, ids, axis=0), op.Constant(value_ints=[-1]))
-        embedded = op.Mul(op.Cast(gathered, to=ir.DataType.FLOAT.value), scales)
-        return embedded, op.MatMul(x, op.DequantizeLinear(columns, scale, axis=1))
+        embedded = op.Mul(op.Cast(op.Gather(values, ids, axis=0), to=ir.DataType.FLOAT.value), scales)
+        return embedded, op.MatMul(x, op.DequantizeLinear(op.Transpose(values, perm=[1, 0]), scale, axis=1))
 
 
 class _BlockRule(_TiedRule):
