@@ -59,6 +59,8 @@ def build(
         InputError: ``output`` exists, or is being written by another process; or the model cannot be read.
         PassError, UnsupportedError, VerificationError, ResourceError: As their names say.
     """
+    from llmopt.evaluation.report import write_report
+
     _refuse_existing(output, force=force)
     record = BuildRecord()
     torch.set_num_threads(_threads(recipe))
@@ -85,8 +87,9 @@ def build(
             engines=engines,
             measurements=measurements,
             verdict=verdict,
-            files=_files(directory),
         )
+        write_report(manifest, directory)
+        manifest = manifest.model_copy(update={"files": _files(directory)})
         manifest.save(directory)
         record.save(directory)
     return manifest

@@ -1,5 +1,6 @@
 """An ONNX engine: the model as a graph with in-place KV, lowered for the target that will execute it."""
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -11,7 +12,7 @@ from llmopt.exporters.onnx.lowering import lowered_graph
 from llmopt.exporters.onnx.rope import check_rope
 from llmopt.exporters.onnx.verify import verify_lowering
 from llmopt.optimizer.contracts import Exporter, PassContext
-from llmopt.optimizer.errors import UnsupportedError
+from llmopt.optimizer.errors import MissingExtraError, UnsupportedError
 from llmopt.optimizer.manifest import Engine, PassRecord, TensorInfo
 from llmopt.optimizer.model import DenseWeight, Model
 from llmopt.optimizer.target import TARGETS, Target
@@ -40,7 +41,10 @@ class Onnx(Exporter):
 
         Raises:
             UnsupportedError: An activation, rope type or capacity that this exporter has no graph for.
+            MissingExtraError: onnxruntime, which verifies and measures the engine, is not installed.
         """
+        if importlib.util.find_spec("onnxruntime") is None:
+            raise MissingExtraError("onnxruntime", "cpu")
         check_rope(model.config)
         activation = model.config.get("hidden_act", "silu")
         if activation != "silu":
