@@ -198,7 +198,7 @@ def test_tests_are_no_packages() -> None:
 
 def test_no_file_names_this_machine_or_a_package_registry() -> None:
     machine_path = re.compile(r"(?<![\w.~*-])/(?:work|root|home|opt|Users)/\w|/tmp/w/")
-    registry = re.compile(r"pythonhosted\.|\bpypi\.(?:org|python)|download\.pytorch|(?:extra-)?index-url")
+    registry = re.compile(r"pythonhosted\.|\bpypi\.(?:org|python)|download\.pytorch|index-url[ =]+(?:https?|file):")
     wrong = []
     for path in tracked_files():
         if path == Path(__file__) or path.suffix in {".png", ".safetensors", ".gguf", ".onnx", ".pyc"}:
