@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,30 +57,42 @@ def publish(directory: Path) -> Iterator[Path]:
     """Yield a sibling temporary directory that becomes ``directory`` on success and vanishes on failure.
 
     What a killed process left behind is removed first, so hold ``locked(directory)`` around this. An existing
-    ``directory`` is replaced.
+    ``directory`` is replaced, and stays as it is on failure; folders made on the way to it vanish again too.
     """
-    partial = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial, replaced = (directory.with_name(f".{directory.name}.{state}") for state in ("partial", "replaced"))
+    missing = [folder for folder in directory.absolute().parents if not folder.exists()]
+    _put_back(replaced, directory)
+    if partial.exists():
+        shutil.rmtree(partial)
     try:
+        partial.mkdir(parents=True)
         yield partial
         _sync(partial)
         if directory.exists():
-            replaced = directory.with_name(f".{directory.name}.replaced")
-            shutil.rmtree(replaced, ignore_errors=True)
             directory.rename(replaced)
-            partial.rename(directory)
-            shutil.rmtree(replaced)
-        else:
-            partial.rename(directory)
+        partial.rename(directory)
     except BaseException:
+        _put_back(replaced, directory)
         shutil.rmtree(partial, ignore_errors=True)
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()
         raise
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _put_back(replaced: Path, directory: Path) -> None:
+    """End a replacement that stopped between its two renames, or after them."""
+    if replaced.exists() and not directory.exists():
+        replaced.rename(directory)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _sync(directory: Path) -> None:
-    """Put every file of ``directory`` on disk before the rename makes it visible."""
-    for path in directory.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+    """Put every file and folder of ``directory`` on disk before the rename makes it visible."""
+    for path in (directory, *directory.rglob("*")):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
