@@ -2,20 +2,22 @@
 
 import os
 import platform
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from llmopt.optimizer.cache import digest_of, locked, publish, sources_digest
 from llmopt.optimizer.contracts import PassContext
 from llmopt.optimizer.errors import LlmoptError, PassError, is_out_of_memory
-from llmopt.optimizer.manifest import PassRecord
+from llmopt.optimizer.manifest import PassRecord, sha256_of
 from llmopt.optimizer.model import Model
 from llmopt.optimizer.progress import Progress
 from llmopt.optimizer.recipe import NamedPass, Recipe
-from llmopt.optimizer.records import Recorder
+from llmopt.optimizer.records import Recorder, refused_fallback
 from llmopt.optimizer.weight_store import WeightStore, read_weights
 
 __all__ = ["run_passes"]
@@ -26,9 +28,9 @@ _RECORD = "record.json"
 def run_passes(model: Model, recipe: Recipe, *, cache: Path, progress: Progress) -> tuple[Model, list[PassRecord]]:
     """Apply the recipe's passes.
 
-    A result is kept under the digest of everything that determines it: the input, the pass and its options, the
-    seed, llmopt's own sources, threads and CPU features. So a changed option runs again from there on, and a build
-    that was killed continues behind the last finished pass.
+    A result is kept under the digest of everything that determines it: the input, the pass, its file and its options,
+    the seed, how it is verified, llmopt's own sources, threads and CPU features. So a changed option runs again from
+    there on, and a build that was killed continues behind the last finished pass.
 
     Returns:
         The model, its changed weights memory-mapped from the cache, and a record per pass.
@@ -40,16 +42,32 @@ def run_passes(model: Model, recipe: Recipe, *, cache: Path, progress: Progress)
     digest = model.source.digest
     for step in recipe.passes:
         step.instance.requires(model)
-        digest = digest_of([digest, step.name, step.instance.model_dump(mode="json"), recipe.seed, *_surroundings()])
+        digest = digest_of([digest, *_identity(step), recipe.seed, recipe.verify, *_surroundings()])
         directory = cache / "passes" / digest
         with progress.step(step.name) as tick, locked(directory):
-            if not (directory / _RECORD).is_file():
+            if not _is_finished(directory):
                 with publish(directory) as partial:
                     _run(step, model, partial, recipe, PassContext(progress=tick))
-            model = model.with_weights(read_weights(directory))
-        records.append(PassRecord.model_validate_json((directory / _RECORD).read_text(encoding="utf-8")))
-        _tell(records[-1], progress)
+            model, record = model.with_weights(read_weights(directory)), _read_record(directory)
+        if recipe.strict and record.fallbacks:
+            raise refused_fallback(record.name, record.fallbacks[0])
+        records.append(record)
+        _tell(record, progress)
     return model, records
+
+
+def _is_finished(directory: Path) -> bool:
+    """Whether a pass left its result there, and it can still be read."""
+    try:
+        read_weights(directory)
+        _read_record(directory)
+    except (FileNotFoundError, ValueError, KeyError, SafetensorError):
+        return False
+    return True
+
+
+def _read_record(directory: Path) -> PassRecord:
+    return PassRecord.model_validate_json((directory / _RECORD).read_text(encoding="utf-8"))
 
 
 def _run(step: NamedPass, model: Model, directory: Path, recipe: Recipe, context: PassContext) -> None:
@@ -69,6 +87,10 @@ def _run(step: NamedPass, model: Model, directory: Path, recipe: Recipe, context
     )
     try:
         result = step.instance.run(model, context)
+        _refuse_losses(step.name, model, result)
+        for name, weight in result.weights.items():
+            if weight is not model.weights.get(name) and not store.holds(name, weight):
+                store.keep({name: weight})
     except (LlmoptError, OSError):
         raise
     except Exception as error:
@@ -76,12 +98,27 @@ def _run(step: NamedPass, model: Model, directory: Path, recipe: Recipe, context
             raise
         text = f"{step.name} crashed: {type(error).__name__}: {error}; this is a bug in the pass"
         raise PassError(text, hint="run again with --debug for the traceback") from error
-    for name, weight in result.weights.items():
-        if weight is not model.weights.get(name) and not store.holds(name):
-            store.keep({name: weight})
     store.close()
     record = recorder.record(changed=result is not model)
     (directory / _RECORD).write_text(record.model_dump_json(), encoding="utf-8")
+
+
+def _refuse_losses(name: str, model: Model, result: Model) -> None:
+    """Only weights are kept between passes, so that anything else a pass changed would be lost.
+
+    Raises:
+        PassError: Something else was changed, or a weight was removed.
+    """
+    lost = sorted(model.weights.keys() - result.weights.keys())
+    if lost or (result.arch, result.config) != (model.arch, model.config):
+        what = f"removed {lost[0]}" if lost else "changed the model's configuration"
+        raise PassError(f"{name} {what}", hint="a pass may replace and add weights; this is a bug in the pass")
+
+
+def _identity(step: NamedPass) -> Sequence[object]:
+    """Which pass this is: name, options, and the file that defines it, which may be another distribution's."""
+    file = getattr(sys.modules.get(type(step.instance).__module__), "__file__", None)
+    return [step.name, step.instance.model_dump(mode="json"), sha256_of(Path(file)) if file else ""]
 
 
 def _surroundings() -> Sequence[str | int]:

@@ -6,7 +6,7 @@ from typing import Any
 from llmopt.optimizer.errors import PassError
 from llmopt.optimizer.manifest import PassRecord
 
-__all__ = ["Recorder"]
+__all__ = ["Recorder", "refused_fallback"]
 
 
 @dataclass(slots=True)
@@ -37,7 +37,7 @@ class Recorder:
             PassError: Under ``strict``.
         """
         if self.strict:
-            raise PassError(f"{self.name}: {text}", hint="the recipe says strict: true; without it this is a note")
+            raise refused_fallback(self.name, text)
         self.fallbacks.append(text)
 
     def detail(self, name: str, value: Any) -> None:
@@ -54,3 +54,8 @@ class Recorder:
             fallbacks=self.fallbacks,
             details=self.details,
         )
+
+
+def refused_fallback(name: str, text: str) -> PassError:
+    """What ``strict: true`` makes of the fallback ``text`` of the pass ``name``."""
+    return PassError(f"{name}: {text}", hint="the recipe says strict: true; without it this is a note")

@@ -25,6 +25,7 @@ class WeightStore:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._index: dict[str, dict[str, Any]] = {}
+        self._kept: dict[str, Weight] = {}
         self._files = 0
 
     def keep(self, weights: Mapping[str, Weight]) -> Mapping[str, Weight]:
@@ -38,11 +39,13 @@ class WeightStore:
             if isinstance(weight, QuantWeight):
                 self._index[name]["scheme"] = weight.scheme.model_dump(mode="json")
         _save({name: tensor.contiguous() for name, tensor in tensors.items()}, self._directory / file)
-        return {name: _read(self._directory, name, self._index[name]) for name in weights}
+        kept = {name: _read(self._directory, name, self._index[name]) for name in weights}
+        self._kept |= kept
+        return kept
 
-    def holds(self, name: str) -> bool:
-        """Whether ``name`` was kept."""
-        return name in self._index
+    def holds(self, name: str, weight: Weight) -> bool:
+        """Whether ``weight`` is what was kept as ``name`` last."""
+        return self._kept.get(name) is weight
 
     def close(self) -> None:
         """Write the index."""
