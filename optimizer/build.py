@@ -3,17 +3,18 @@
 import os
 import resource
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from llmopt.optimizer.build_record import RECORD_NAME, BuildRecord
 from llmopt.optimizer.cache import digest_of, locked, publish
 from llmopt.optimizer.contracts import PassContext
-from llmopt.optimizer.errors import InputError, ResourceError
+from llmopt.optimizer.errors import InputError, ResourceError, is_out_of_memory
 from llmopt.optimizer.gates import Gate
 from llmopt.optimizer.manifest import (
     MANIFEST_NAME,
@@ -32,6 +33,9 @@ from llmopt.optimizer.pipeline import run_passes
 from llmopt.optimizer.progress import Progress
 from llmopt.optimizer.recipe import Recipe
 from llmopt.optimizer.sources import load_model
+
+if TYPE_CHECKING:
+    from llmopt.calibration.texts import Tokens
 
 __all__ = ["build"]
 
@@ -61,20 +65,21 @@ def build(
     """
     from llmopt.evaluation.report import write_report
 
-    _refuse_existing(output, force=force)
     record = BuildRecord()
     torch.set_num_threads(_threads(recipe))
-    with _memory_limit(recipe), _exclusive(output, cache), publish(output) as directory:
+    with _exclusive(output, cache, force=force), publish(output.resolve()) as directory, _memory_limit(recipe):
         with record.step("load_model"):
             source = load_model(recipe.model, cache=cache, base=recipe.base, offline=offline)
             _check(recipe, source, output)
+        with record.step("texts"):
+            texts = _texts(recipe, recipe.accept, source, progress)
         with record.step("passes"):
             model, passes = run_passes(source, recipe, cache=cache, progress=progress)
         with record.step("export"):
             engines, graph_passes = _export(recipe, model, directory, progress)
             _copy_tokenizer(model, directory)
         with record.step("measure"):
-            measurements, verdict = _measure(recipe, source, engines, directory, progress)
+            measurements, verdict = _measure(recipe, source, engines, texts, directory, progress)
         manifest = Manifest(
             llmopt=version("llmopt"),
             versions=_versions(),
@@ -98,17 +103,19 @@ def build(
 def _refuse_existing(output: Path, *, force: bool) -> None:
     if not output.exists():
         return
-    if not (output / MANIFEST_NAME).is_file():
+    if not all((output / name).is_file() for name in (MANIFEST_NAME, RECORD_NAME)):
         raise InputError(f"{output} exists and is no build of llmopt", hint="name another directory with -o")
     if not force:
         raise InputError(f"{output} exists", hint="--force replaces it, or name another directory with -o")
 
 
 @contextmanager
-def _exclusive(output: Path, cache: Path) -> Iterator[None]:
+def _exclusive(output: Path, cache: Path, *, force: bool) -> Iterator[None]:
     """Let no second build write ``output``; the lock lies in the cache, so nothing is left beside the build."""
     try:
-        with locked(cache / "locks" / digest_of(str(output.absolute())), wait=False):
+        with locked(cache / "locks" / digest_of(str(output.resolve())), wait=False):
+            # Only now: a build that held the lock may just have finished.
+            _refuse_existing(output, force=force)
             yield
     except BlockingIOError as error:
         raise InputError(f"another build is writing {output}", hint="wait for it, or use another directory") from error
@@ -122,9 +129,17 @@ def _memory_limit(recipe: Recipe) -> Iterator[None]:
         yield
         return
     before = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (int(limit * 1e9), before[1]))
+    lower = [int(limit * 1e9), *(value for value in before if value != resource.RLIM_INFINITY)]
+    resource.setrlimit(resource.RLIMIT_DATA, (min(lower), before[1]))
     try:
         yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ResourceError(
+            f"the build needs more memory than resources.max_ram_gb: {limit:g}",
+            hint="raise it; passes that were finished are not run again",
+        ) from error
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, before)
 
@@ -175,23 +190,37 @@ def _copy_tokenizer(model: Model, directory: Path) -> None:
             shutil.copyfile(path, directory / name)
 
 
+def _texts(recipe: Recipe, gates: Sequence[Gate], source: Model, progress: Progress) -> "list[Tokens]":
+    """The gates' texts, read or sampled before any pass runs, so that one that is too short is found at once."""
+    from llmopt.evaluation.gates import texts_for
+
+    with progress.step("texts") as tick:
+        return texts_for(gates, source, base=recipe.base, seed=recipe.seed, threads=_threads(recipe), progress=tick)
+
+
 def _measure(
-    recipe: Recipe, source: Model, engines: list[Engine], directory: Path, progress: Progress
+    recipe: Recipe,
+    source: Model,
+    engines: list[Engine],
+    texts: "list[Tokens]",
+    directory: Path,
+    progress: Progress,
 ) -> tuple[list[Measurement], Verdict]:
     """Measure the engine against the source model on the gates' texts, and judge it.
 
     A recipe without gates is measured on text sampled from the model, so that no build goes unmeasured.
     """
-    from llmopt.evaluation.gates import judge, texts_for
+    from llmopt.evaluation.gates import judge
     from llmopt.evaluation.measure import measure
     from llmopt.runtime.backends.onnxruntime import open_backend
 
     if not engines:
         return [], judge(recipe.accept, [])
     threads = _threads(recipe)
-    gates = recipe.accept or [Gate(metric="kl", max=0)]
-    with progress.step("texts") as tick:
-        texts = texts_for(gates, source, base=recipe.base, seed=recipe.seed, threads=threads, progress=tick)
+    if not texts:
+        usual = Gate(metric="kl", max=0)
+        fitting = usual.model_copy(update={"tokens": min(usual.tokens, engines[0].capacity)})
+        texts = _texts(recipe, [fitting], source, progress)
     longest = max(text.ids.shape[1] for text in texts)
     backend = open_backend(directory, engines[0], slots=1, capacity=longest, threads=threads)
     with progress.step("measure") as tick:
