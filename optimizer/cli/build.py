@@ -59,12 +59,12 @@ def _show(manifest: "Manifest", output: Path) -> None:
 
     from llmopt.optimizer.cli._tables import gates_table, measurements_table
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     if manifest.measurements:
         console.print(measurements_table(manifest.measurements))
     if manifest.verdict.gates:
         console.print(gates_table(manifest.verdict))
     size = sum(entry.bytes for name, entry in manifest.files.items() if name.startswith("engine/"))
-    console.print(f"{output}: {size / 1e6:.1f} MB, {manifest.verdict.status}")
+    console.print(f"{output}: {size / 1e6:.1f} MB, {manifest.verdict.status}", soft_wrap=True)
     if manifest.verdict.status != "rejected":
-        console.print(f"next: llmopt chat {output}", style="dim")
+        console.print(f"next: llmopt chat {output}", style="dim", soft_wrap=True)

@@ -29,7 +29,7 @@ def command(build: Path, every_layer: bool, verify: bool, as_json: bool) -> None
         return
     from rich.console import Console
 
-    _show(manifest, Console(highlight=False), every_layer=every_layer)
+    _show(manifest, Console(highlight=False, markup=False, emoji=False), every_layer=every_layer)
     if verify:
         click.echo(f"verified: {len(manifest.files)} files are what the manifest says")
 
