@@ -27,6 +27,7 @@ check: $(MADE) $(LINKS)  ## Formatting, lint, types and generated documentation;
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mypy docs/generate.py
 	$(BIN)/python docs/generate.py --check
 
 fix: $(MADE)  ## Format, repair what lint can repair, regenerate documentation
