@@ -9,7 +9,7 @@ from onnxscript.rewriter import pattern
 
 from llmopt.optimizer.contracts import PassContext
 
-__all__ = ["apply_rules", "attribute", "producer"]
+__all__ = ["apply_rules", "attribute", "producer", "same_shape"]
 
 
 class _Declined(pattern.MatchingTracer):  # type: ignore[misc]
@@ -70,3 +70,10 @@ def attribute(node: ir.Node, name: str, default: int) -> int:
     """An integer attribute of ``node``."""
     found = node.attributes.get(name)
     return default if found is None else int(found.as_int())
+
+
+def same_shape(first: ir.Value, second: ir.Value) -> bool:
+    """Whether both shapes are known and equal; dimensions that have no name may differ, so they do not count."""
+    if first.shape is None or second.shape is None or first.shape.has_unknown_dim():
+        return False
+    return bool(first.shape == second.shape)

@@ -6,7 +6,7 @@ import onnx_ir as ir
 from onnxscript.rewriter import pattern
 
 from llmopt.optimizer.contracts import GraphPass, PassContext
-from llmopt.passes.graph._rules import apply_rules, attribute
+from llmopt.passes.graph._rules import apply_rules, attribute, same_shape
 
 __all__ = ["FuseNorm"]
 
@@ -21,7 +21,7 @@ class _SkipNormRule(pattern.RewriteRuleClassBase):  # type: ignore[misc]
 
     def check(self, context: Any, x: ir.Value, y: ir.Value, normed: ir.Value, **_: Any) -> Any:
         result = pattern.MatchResult()
-        if x.shape is None or y.shape is None or x.shape != y.shape:
+        if x.shape is None or not same_shape(x, y):
             return result.fail(f"the residual's operands differ in shape: {x.shape} and {y.shape}")
         node = normed.producer()
         assert node is not None

@@ -6,7 +6,7 @@ import onnx_ir as ir
 from onnxscript.rewriter import pattern
 
 from llmopt.optimizer.contracts import GraphPass, PassContext
-from llmopt.passes.graph._rules import apply_rules
+from llmopt.passes.graph._rules import apply_rules, attribute, same_shape
 
 __all__ = ["SelectRows"]
 
@@ -25,6 +25,18 @@ class _RowWise(pattern.RewriteRuleClassBase):  # type: ignore[misc]
             x, _domain=self._domain, _allow_other_inputs=True, _allow_other_attributes=True, _outputs=["inner"]
         )
         return op.SelectRows(inner, rows, _domain=_DOMAIN)
+
+    def check(self, context: Any, inner: ir.Value, **_: Any) -> Any:
+        result = pattern.MatchResult()
+        node = inner.producer()
+        assert node is not None
+        second = node.inputs[1] if len(node.inputs) > 1 else None
+        rank = None if second is None or second.shape is None else len(second.shape)
+        if self._op_type == "MatMul" and rank != 2:
+            return result.fail("the second operand of MatMul is no matrix, which all rows would share")
+        if self._op_type == "RMSNormalization" and (attribute(node, "axis", -1) != -1 or rank != 1):
+            return result.fail("the axis of RMSNormalization is not -1: it may span rows")
+        return result
 
     def rewrite(self, op: Any, x: ir.Value, rows: ir.Value, inner: ir.Value) -> Any:
         node = inner.producer()
@@ -46,7 +58,7 @@ class _Elementwise(pattern.RewriteRuleClassBase):  # type: ignore[misc]
 
     def check(self, context: Any, x: ir.Value, y: ir.Value, **_: Any) -> Any:
         result = pattern.MatchResult()
-        if x.shape is None or y.shape is None or x.shape != y.shape:
+        if not same_shape(x, y):
             return result.fail(f"the operands of {self._op_type} differ in shape: {x.shape} and {y.shape}")
         return result
 
@@ -89,5 +101,5 @@ class SelectRows(GraphPass):
             _Elementwise.rule("Mul"),
             _Bias.rule(),
         ]
-        apply_rules(graph, rules, context)
+        apply_rules(graph, rules, context, commute=True)
         return graph
