@@ -175,9 +175,10 @@ def built(model: str, scheme: str | None, output: Path, cache: Path) -> Path:
 
     recipe = output.with_suffix(".yaml")
     passes = f"passes: [round_to_nearest: {{scheme: {scheme}}}]\n" if scheme else ""
+    # The gate passes always; it keeps the measuring, which is not what these tests are about, to a few tokens.
     recipe.write_text(
-        f"version: 1\nmodel: {model}\n{passes}export: [onnx: {{target: cpu}}]\n"
-        "verify: none\nresources: {threads: 2}\n"
+        f"version: 1\nmodel: {model}\n{passes}export: [onnx: {{target: cpu}}]\nverify: none\n"
+        "accept: [{metric: kl, max: 100, windows: 1, tokens: 8}]\nresources: {threads: 2}\n"
     )
     build(Recipe.load(recipe), output, cache=cache, progress=Silent())
     return output
