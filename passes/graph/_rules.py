@@ -1,6 +1,6 @@
 """Applies rewrite rules to a graph and records what they did, and where a near-match was declined and why."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -9,7 +9,7 @@ from onnxscript.rewriter import pattern
 
 from llmopt.optimizer.contracts import PassContext
 
-__all__ = ["apply_rules", "attribute", "producer", "same_shape"]
+__all__ = ["apply_groups", "apply_rules", "attribute", "producer", "same_shape"]
 
 
 class _Declined(pattern.MatchingTracer):  # type: ignore[misc]
@@ -27,37 +27,36 @@ class _Declined(pattern.MatchingTracer):  # type: ignore[misc]
 
 
 def apply_rules(
-    graph: ir.Model,
-    rules: Iterable[pattern.RewriteRule],
-    context: PassContext,
-    *,
-    commute: bool = False,
-) -> int:
-    """Apply ``rules`` until none matches, tidy the graph, and record ``applied`` and ``declined``.
+    graph: ir.Model, rules: Sequence[pattern.RewriteRule], context: PassContext, *, commute: bool = False
+) -> None:
+    """``apply_groups`` with one group."""
+    apply_groups(graph, [rules], context, commute=commute)
+
+
+def apply_groups(
+    graph: ir.Model, groups: Sequence[Sequence[pattern.RewriteRule]], context: PassContext, *, commute: bool = False
+) -> None:
+    """Apply each group of rules until none of it matches, tidy the graph, and record ``applied`` and ``declined``.
 
     Args:
         graph: Changed in place.
-        rules: Tried on each node in this order.
+        groups: One after the other; the rules of a group are tried on each node in their order.
         context: Where the counts and reasons go.
         commute: Whether additions and multiplications also match with their operands exchanged.
-
-    Returns:
-        How often a rule applied.
     """
-    rule_set = pattern.RewriteRuleSet(list(rules), commute=commute)
-    applied = 0
-    while count := rule_set.apply_to_model(graph):
-        applied += count
-        # Merges what several matches made alike, which lets the next round see one consumer instead of two.
-        common.TopologicalSortPass()(graph)
-        common.CommonSubexpressionEliminationPass()(graph)
-        common.RemoveUnusedNodesPass()(graph)
-        common.ShapeInferencePass()(graph)
-    tracer = _Declined()
-    rule_set.apply_to_model(graph, tracer=tracer)
+    applied, tracer = 0, _Declined()
+    for rules in groups:
+        rule_set = pattern.RewriteRuleSet(list(rules), commute=commute)
+        while count := rule_set.apply_to_model(graph):
+            applied += count
+            # Merges what several matches made alike, which lets the next round see one consumer instead of two.
+            common.TopologicalSortPass()(graph)
+            common.CommonSubexpressionEliminationPass()(graph)
+            common.RemoveUnusedNodesPass()(graph)
+            common.ShapeInferencePass()(graph)
+        rule_set.apply_to_model(graph, tracer=tracer)
     context.detail("applied", applied)
     context.detail("declined", sorted(set(tracer.reasons)))
-    return applied
 
 
 def producer(value: ir.Value | None, op_type: str) -> ir.Node | None:

@@ -8,26 +8,106 @@ from onnxscript.rewriter import pattern
 
 from llmopt.optimizer.contracts import GraphPass, PassContext
 from llmopt.passes.graph._nbits import BlockWeight, block_weight, matmul_nbits
-from llmopt.passes.graph._rules import apply_rules, attribute
+from llmopt.passes.graph._rules import apply_groups, attribute, producer
 
 __all__ = ["LowerEmbedding"]
 
 
-class _TiedRule(pattern.RewriteRuleClassBase):  # type: ignore[misc]
-    """``Gather(DequantizeLinear(q), ids)`` with ``MatMul(x, Transpose(DequantizeLinear(q)))``: both from one ``q``."""
+class _TableRule(pattern.RewriteRuleClassBase):  # type: ignore[misc]
+    """A rule about one of the two readers of a DequantizeLinear table ``[vocabulary, columns]``."""
 
-    def pattern(self, op: Any, ids: Any, x: Any) -> Any:
-        table = op.DequantizeLinear(_allow_other_inputs=True, _allow_other_attributes=True, _outputs=["table"])
-        return op.Gather(table, ids, axis=0), op.MatMul(x, op.Transpose(table, perm=[1, 0]))
+    def __init__(self, graph: ir.Graph) -> None:
+        super().__init__(remove_nodes=False)
+        self._graph = graph
 
-    def check(self, context: Any, x: ir.Value, table: ir.Value, **_: Any) -> Any:
+    def table(self, op: Any) -> Any:
+        """The table in a pattern."""
+        return op.DequantizeLinear(_allow_other_inputs=True, _allow_other_attributes=True, _outputs=["table"])
+
+    def check(self, context: Any, table: ir.Value, x: ir.Value | None = None, **_: Any) -> Any:
         result = pattern.MatchResult()
-        reason = self.refusal(x, table)
+        reason = self.refusal(table, x)
         return result.fail(reason) if reason else result
 
-    def refusal(self, x: ir.Value, table: ir.Value) -> str | None:
-        """Why this rule does not apply."""
+    def refusal(self, table: ir.Value, x: ir.Value | None) -> str | None:
+        """Why this rule does not apply; ``x`` is the head's input in rules about the head."""
         raise NotImplementedError
+
+
+class _ChannelHeadRule(_TableRule):
+    """W8A8: the head multiplies with the transposed integers; ONNX Runtime transposes when it loads the engine."""
+
+    def pattern(self, op: Any, x: Any) -> Any:
+        return op.MatMul(x, op.Transpose(self.table(op), perm=[1, 0]))
+
+    def refusal(self, table: ir.Value, x: ir.Value | None) -> str | None:
+        return _not_per_row_int8(table) if _is_rounded(x) else "the head's activations are not quantized"
+
+    def rewrite(self, op: Any, x: ir.Value, table: ir.Value) -> Any:
+        values, scale = _inputs(table)
+        return op.MatMul(x, op.DequantizeLinear(op.Transpose(values, perm=[1, 0]), scale, axis=1))
+
+
+class _ChannelEmbeddingRule(_TableRule):
+    """A scale per row: only the rows that are looked up become floats."""
+
+    def pattern(self, op: Any, ids: Any) -> Any:
+        return op.Gather(self.table(op), ids, axis=0)
+
+    def refusal(self, table: ir.Value, x: ir.Value | None) -> str | None:
+        return _not_per_row_int8(table)
+
+    def rewrite(self, op: Any, ids: ir.Value, table: ir.Value) -> Any:
+        values, scale = _inputs(table)
+        scales = op.Unsqueeze(op.Gather(scale, ids, axis=0), op.Constant(value_ints=[-1]))
+        return op.Mul(op.Cast(op.Gather(values, ids, axis=0), to=ir.DataType.FLOAT.value), scales)
+
+
+class _BlockHeadRule(_TableRule):
+    """Weight-only: the head becomes MatMulNBits."""
+
+    def pattern(self, op: Any, x: Any) -> Any:
+        return op.MatMul(x, op.Transpose(self.table(op), perm=[1, 0]))
+
+    def refusal(self, table: ir.Value, x: ir.Value | None) -> str | None:
+        if _is_rounded(x):
+            return "the head's activations are quantized"
+        packed = _packed(table)
+        if isinstance(packed, str):
+            return packed
+        return (
+            f"{packed.k} columns are no whole number of blocks of {packed.block}" if packed.k % packed.block else None
+        )
+
+    def rewrite(self, op: Any, x: ir.Value, table: ir.Value) -> Any:
+        packed = _packed(table)
+        assert isinstance(packed, BlockWeight)
+        return matmul_nbits(op, x, packed)
+
+
+class _BlockEmbeddingRule(_TableRule):
+    """Weight-only: GatherBlockQuantized reads the blocks that the head's rule has packed."""
+
+    def pattern(self, op: Any, ids: Any) -> Any:
+        return op.Gather(self.table(op), ids, axis=0)
+
+    def refusal(self, table: ir.Value, x: ir.Value | None) -> str | None:
+        packed = _packed(table)
+        if isinstance(packed, str):
+            return packed
+        shared = packed.values.name in self._graph.initializers
+        return None if shared else "no head shares the table's blocks"
+
+    def rewrite(self, op: Any, ids: ir.Value, table: ir.Value) -> Any:
+        packed = _packed(table)
+        assert isinstance(packed, BlockWeight)
+        tensors = (packed.values, packed.scales, packed.zero_points)
+        values, *rest = [self._graph.initializers[str(tensor.name)] for tensor in tensors if tensor is not None]
+        flat = op.Reshape(values, op.Constant(value_ints=[packed.n, packed.k * packed.bits // 8]))
+        return op.GatherBlockQuantized(
+            flat, ids, *rest,
+            bits=packed.bits, block_size=packed.block, gather_axis=0, quantize_axis=1, _domain="com.microsoft",
+        )  # fmt: skip
 
 
 def _inputs(value: ir.Value) -> Sequence[ir.Value | None]:
@@ -36,65 +116,26 @@ def _inputs(value: ir.Value) -> Sequence[ir.Value | None]:
     return node.inputs
 
 
-def _is_rounded(x: ir.Value) -> bool:
-    node = x.producer()
-    return node is not None and node.op_type == "QuantizeDequantizePerToken"
+def _is_rounded(x: ir.Value | None) -> bool:
+    return producer(x, "QuantizeDequantizePerToken") is not None
 
 
-class _PerChannelRule(_TiedRule):
-    """W8A8: the embedding gathers rows of integers, and the head multiplies with their transpose.
-
-    ONNX Runtime folds the transposition when it loads the engine, so the file holds the table once.
-    """
-
-    def refusal(self, x: ir.Value, table: ir.Value) -> str | None:
-        node = table.producer()
-        assert node is not None
-        values = node.inputs[0]
-        if not _is_rounded(x):
-            return "the head's activations are not quantized"
-        if values is None or values.const_value is None or values.dtype != ir.DataType.INT8 or len(node.inputs) != 2:
-            return "the table is not symmetric int8"
-        if attribute(node, "axis", 1) != 0 or attribute(node, "block_size", 0):
-            return "the table's scales are not one per row"
-        return None
-
-    def rewrite(self, op: Any, ids: ir.Value, x: ir.Value, table: ir.Value) -> Any:
-        values, scale = _inputs(table)
-        scales = op.Unsqueeze(op.Gather(scale, ids, axis=0), op.Constant(value_ints=[-1]))
-        embedded = op.Mul(op.Cast(op.Gather(values, ids, axis=0), to=ir.DataType.FLOAT.value), scales)
-        return embedded, op.MatMul(x, op.DequantizeLinear(op.Transpose(values, perm=[1, 0]), scale, axis=1))
+def _not_per_row_int8(table: ir.Value) -> str | None:
+    """Why the table is not symmetric int8 with a scale per row, or None when it is."""
+    node = table.producer()
+    assert node is not None
+    values = node.inputs[0]
+    if values is None or values.const_value is None or values.dtype != ir.DataType.INT8 or len(node.inputs) != 2:
+        return "the table is not symmetric int8"
+    if attribute(node, "axis", 1) != 0 or attribute(node, "block_size", 0):
+        return "the table's scales are not one per row"
+    return None
 
 
-class _BlockRule(_TiedRule):
-    """Weight-only: MatMulNBits and GatherBlockQuantized read the same packed blocks."""
-
-    def refusal(self, x: ir.Value, table: ir.Value) -> str | None:
-        node = table.producer()
-        assert node is not None
-        if _is_rounded(x):
-            return "the head's activations are quantized"
-        packed = block_weight(node, "table", transposed=True)
-        if isinstance(packed, str):
-            return packed
-        if packed.k % packed.block:
-            return f"{packed.k} columns are not a whole number of blocks of {packed.block}"
-        return None
-
-    def rewrite(self, op: Any, ids: ir.Value, x: ir.Value, table: ir.Value) -> Any:
-        node = table.producer()
-        assert node is not None
-        name = str(table.name).removesuffix(".weight_dequantized")
-        packed = block_weight(node, name, transposed=True)
-        assert isinstance(packed, BlockWeight)
-        logits = matmul_nbits(op, x, packed)
-        values, *rest = _inputs(logits)[1:]
-        flat = op.Reshape(values, op.Constant(value_ints=[packed.n, packed.k * packed.bits // 8]))
-        embedded = op.GatherBlockQuantized(
-            flat, ids, *rest,
-            bits=packed.bits, block_size=packed.block, gather_axis=0, quantize_axis=1, _domain="com.microsoft",
-        )  # fmt: skip
-        return embedded, logits
+def _packed(table: ir.Value) -> BlockWeight | str:
+    node = table.producer()
+    assert node is not None
+    return block_weight(node, str(table.name).removesuffix(".weight_dequantized"), transposed=True)
 
 
 class LowerEmbedding(GraphPass):
@@ -102,5 +143,7 @@ class LowerEmbedding(GraphPass):
 
     def run(self, graph: ir.Model, context: PassContext) -> ir.Model:
         """See ``GraphPass.run``."""
-        apply_rules(graph, [_PerChannelRule.rule(), _BlockRule.rule()], context)
+        heads, embeddings = (_ChannelHeadRule, _BlockHeadRule), (_BlockEmbeddingRule, _ChannelEmbeddingRule)
+        groups = [[kind.rule(graph.graph) for kind in kinds] for kinds in (heads, embeddings)]
+        apply_groups(graph, groups, context)
         return graph
