@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -19,6 +19,7 @@ from llmopt.calibration.texts import SAMPLED, Tokens
 from llmopt.optimizer.cache import cache_root, digest_of, locked, publish
 from llmopt.optimizer.errors import InputError
 from llmopt.optimizer.model import Model
+from llmopt.optimizer.weight_store import save_tensors
 
 __all__ = ["Purpose", "Sampling", "sample_tokens"]
 
@@ -84,7 +85,7 @@ def sample_tokens(
         if not directory.is_dir():
             ids = _write(model, wanted, threads=threads, progress=progress)
             with publish(directory) as partial:
-                save_file({"ids": ids}, partial / "ids.safetensors")
+                save_tensors({"ids": ids}, partial / "ids.safetensors")
         ids = load_file(directory / "ids.safetensors")["ids"]
     return Tokens(name=SAMPLED, ids=ids, digest=hashlib.sha256(ids.numpy().tobytes()).hexdigest())
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from llmopt.optimizer.model import DenseWeight, QuantWeight, Weight
 from llmopt.optimizer.scheme import Scheme
 
-__all__ = ["WeightStore", "read_weights"]
+__all__ = ["WeightStore", "read_weights", "save_tensors"]
 
 _INDEX = "weights.json"
 
@@ -38,7 +38,7 @@ class WeightStore:
             self._index[name] = {"file": file}
             if isinstance(weight, QuantWeight):
                 self._index[name]["scheme"] = weight.scheme.model_dump(mode="json")
-        _save({name: tensor.contiguous() for name, tensor in tensors.items()}, self._directory / file)
+        save_tensors(_separate(tensors), self._directory / file)
         kept = {name: _read(self._directory, name, self._index[name]) for name in weights}
         self._kept |= kept
         return kept
@@ -58,8 +58,8 @@ def read_weights(directory: Path) -> dict[str, Weight]:
     return {name: _read(directory, name, entry) for name, entry in index.items()}
 
 
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    """``save_file``, whose own exception hides the number of the system's error.
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Safetensors' ``save_file``, whose own exception hides the number of the system's error.
 
     Raises:
         OSError: The disk is full, or another error of the system.
@@ -72,6 +72,17 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
             raise
         number = int(found[1])
         raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, contiguous and each in memory of its own, as safetensors asks for."""
+    found: dict[int, Tensor] = {}
+    separate: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        dense = tensor.contiguous()
+        shared = found.setdefault(dense.untyped_storage().data_ptr(), dense) is not dense
+        separate[name] = dense.clone() if shared else dense
+    return separate
 
 
 def _tensors(name: str, weight: Weight) -> dict[str, Tensor]:
