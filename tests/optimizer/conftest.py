@@ -1,7 +1,11 @@
-"""GGUF files of the tiny model, written with the gguf library the way llama.cpp's converter lays tensors out."""
+"""GGUF files and recipes of the tiny model, and passes of another distribution.
+
+The GGUF files are written with the gguf library the way llama.cpp's converter lays tensors out.
+"""
 
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,11 @@ import pytest
 from safetensors.numpy import load_file
 
 GgufWriter = Callable[..., Path]
+RecipeWriter = Callable[..., Path]
+Installer = Callable[..., Path]
+
+GATE = {"metric": "kl", "max": 10, "windows": 2, "tokens": 32}
+"""Passed by any quantization of the tiny model, and measured in no time."""
 
 
 def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
@@ -93,3 +102,47 @@ def write_gguf(tmp_path: Path) -> GgufWriter:
         return path
 
     return write
+
+
+@pytest.fixture
+def recipe_of(tiny_llama: Path, tmp_path: Path) -> RecipeWriter:
+    """Writes a recipe that builds the tiny model in W8A8 within a second; keywords replace its keys."""
+
+    def write(name: str = "recipe.yaml", **changes: Any) -> Path:
+        settings = {
+            "version": 1,
+            "model": str(tiny_llama),
+            "passes": [{"round_to_nearest": {"scheme": "W8A8"}}],
+            "export": [{"onnx": {"target": "cpu"}}],
+            "accept": [GATE],
+            "verify": "none",
+            "resources": {"threads": 1},
+        }
+        path = tmp_path / name
+        path.write_text(json.dumps(settings | changes), encoding="utf-8")  # JSON is YAML
+        return path
+
+    return write
+
+
+@pytest.fixture
+def install_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Installer]:
+    """Puts a distribution with a weight pass on the path; returns the folder, for the PYTHONPATH of a subprocess."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(str(folder))
+    added: list[str] = []
+
+    def install(name: str, source: str) -> Path:
+        module = f"{name}_of_{tmp_path.name.replace('-', '_')}"
+        added.append(module)
+        (folder / f"{module}.py").write_text(source, encoding="utf-8")
+        info = folder / f"{name}_passes-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}-passes\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[llmopt.passes]\n{name} = {module}\n")
+        return folder
+
+    yield install
+    for module in added:
+        sys.modules.pop(module, None)
