@@ -12,20 +12,36 @@ from llmopt.passes.graph._rules import attribute, producer
 __all__ = ["pack_biases", "pack_weights", "refusal"]
 
 
-def refusal(weights: Sequence[ir.Value]) -> str | None:
-    """Why these MatMul weights cannot become one, or None when they can.
+def refusal(weights: Sequence[ir.Value], biases: Sequence[ir.Value | None] = ()) -> str | None:
+    """Why these MatMul weights, and the biases added to their products, cannot become one; None when they can.
 
-    They can when all are initializers, or all DequantizeLinear of initializers with equal types and attributes.
+    They can when all weights are initializers, or all DequantizeLinear of initializers with equal types and
+    attributes and a scale for each output, and all biases are initializers with a value for each output.
     """
+    if any(weight.shape is None or len(weight.shape) != 2 for weight in weights):
+        return "a weight is no matrix"
+    if not all(_is_bias(bias, weight) for bias, weight in zip(biases, weights, strict=False) if bias is not None):
+        return "an addend is no constant vector with one value per output"
     if all(weight.is_initializer() for weight in weights):
         return None
-    nodes = [producer(weight, "DequantizeLinear") for weight in weights]
-    if any(node is None for node in nodes):
+    nodes = [node for weight in weights if (node := producer(weight, "DequantizeLinear")) is not None]
+    if len(nodes) < len(weights):
         return "some of the linears are quantized and some are not"
-    kinds = {_kind(node) for node in nodes if node is not None}
-    if len(kinds) > 1:
+    if len({_kind(node) for node in nodes}) > 1:
         return "the linears have different schemes"
-    return None
+    if any(value is not None and value.const_value is None for node in nodes for value in node.inputs):
+        return "a weight is not constant"
+    return None if all(_is_per_output(node) for node in nodes) else "the linears' scales are not one per output"
+
+
+def _is_bias(bias: ir.Value, weight: ir.Value) -> bool:
+    return bias.is_initializer() and weight.shape is not None and bias.shape == weight.shape[1:]
+
+
+def _is_per_output(node: ir.Node) -> bool:
+    scale = node.inputs[1]
+    rank = len(scale.shape) if scale is not None and scale.shape is not None else 0
+    return (rank, attribute(node, "axis", 1)) == ((2, 0) if attribute(node, "block_size", 0) else (1, 1))
 
 
 def _kind(node: ir.Node) -> tuple[Any, ...]:

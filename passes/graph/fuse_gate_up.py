@@ -25,9 +25,9 @@ class _GateUpRule(pattern.RewriteRuleClassBase):  # type: ignore[misc]
             gate, up = op.Add(gate, bg), op.Add(up, bu)
         return op.Mul(op.Mul(gate, op.Sigmoid(gate)), up, _outputs=["product"])
 
-    def check(self, context: Any, wg: ir.Value, wu: ir.Value, **_: Any) -> Any:
+    def check(self, context: Any, wg: ir.Value, wu: ir.Value, **matched: Any) -> Any:
         result = pattern.MatchResult()
-        if reason := refusal((wg, wu)):
+        if reason := refusal((wg, wu), [matched.get(name) for name in ("bg", "bu")]):
             return result.fail(reason)
         if wg.shape != wu.shape:
             return result.fail(f"gate and up differ in shape: {wg.shape} and {wu.shape}")

@@ -35,9 +35,9 @@ class _QkvRule(pattern.RewriteRuleClassBase):  # type: ignore[misc]
             _outputs=["attended", "present_key", "present_value"],
         )
 
-    def check(self, context: Any, wq: ir.Value, wk: ir.Value, wv: ir.Value, **_: Any) -> Any:
+    def check(self, context: Any, wq: ir.Value, wk: ir.Value, wv: ir.Value, **matched: Any) -> Any:
         result = pattern.MatchResult()
-        reason = refusal((wq, wk, wv))
+        reason = refusal((wq, wk, wv), [matched.get(name) for name in ("bq", "bk", "bv")])
         return result.fail(reason) if reason else result
 
     def rewrite(self, op: Any, x: ir.Value, attended: ir.Value, **matched: Any) -> Any:
@@ -58,5 +58,5 @@ class FuseQkv(GraphPass):
 
     def run(self, graph: ir.Model, context: PassContext) -> ir.Model:
         """See ``GraphPass.run``."""
-        apply_rules(graph, [_QkvRule.rule(biased=True), _QkvRule.rule(biased=False)], context)
+        apply_rules(graph, [_QkvRule.rule(biased=True), _QkvRule.rule(biased=False)], context, commute=True)
         return graph
