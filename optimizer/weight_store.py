@@ -76,12 +76,12 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors, contiguous and each in memory of its own, as safetensors asks for."""
-    found: dict[int, Tensor] = {}
     separate: dict[str, Tensor] = {}
+    used: set[int] = set()
     for name, tensor in tensors.items():
         dense = tensor.contiguous()
-        shared = found.setdefault(dense.untyped_storage().data_ptr(), dense) is not dense
-        separate[name] = dense.clone() if shared else dense
+        separate[name] = dense.clone() if dense.untyped_storage().data_ptr() in used else dense
+        used.add(separate[name].untyped_storage().data_ptr())
     return separate
 
 
