@@ -65,6 +65,8 @@ def block_weight(node: ir.Node, name: str, *, transposed: bool) -> BlockWeight |
         return "the weight is not constant, or has no 4- or 8-bit kernel"
     bits = _BITS[values.dtype]
     n, k = values.shape.numpy() if transposed else reversed(values.shape.numpy())
+    if not _is_per_output(node, len(scales.shape), transposed=transposed):
+        return "the scales are not one per output, nor one per group of an output's inputs"
     group = attribute(node, "block_size", 0) or k
     # A channel's scale may cover a last block that is padded; a group's may not.
     block = block_size(group, bits) or (None if group != k else 16)
@@ -106,6 +108,13 @@ def block_weight(node: ir.Node, name: str, *, transposed: bool) -> BlockWeight |
         if zeros is None
         else lazy_tensor(f"{name}.zero_points", uint8, (n, -(-blocks * bits // 8)), lambda: packed_zeros(zeros)),
     )
+
+
+def _is_per_output(node: ir.Node, rank: int, *, transposed: bool) -> bool:
+    """Whether scales of this rank belong to an output, or to a group along the axis that is not the outputs'."""
+    outputs = 0 if transposed else 1
+    expected = (2, 1 - outputs) if attribute(node, "block_size", 0) else (1, outputs)
+    return (rank, attribute(node, "axis", 1)) == expected
 
 
 def matmul_nbits(op: Any, x: ir.Value, weight: BlockWeight) -> Any:

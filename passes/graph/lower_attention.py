@@ -14,7 +14,7 @@ __all__ = ["LowerAttention"]
 class _AttentionRule(pattern.RewriteRuleClassBase):  # type: ignore[misc]
     """``llmopt::SlotAttention`` -> ``com.microsoft::GroupQueryAttention``, taking packed qkv where there is one."""
 
-    def __init__(self, ids: ir.Value) -> None:
+    def __init__(self, ids: ir.Value | None) -> None:
         super().__init__(name="lower_attention")
         self._ids = ids
 
@@ -26,6 +26,10 @@ class _AttentionRule(pattern.RewriteRuleClassBase):  # type: ignore[misc]
             _allow_other_attributes=True,
             _outputs=["attended", "present_key", "present_value"],
         )  # fmt: skip
+
+    def check(self, context: Any, **_: Any) -> Any:
+        result = pattern.MatchResult()
+        return result if self._ids is not None else result.fail("the graph has no input_ids to count tokens by")
 
     def rewrite(self, op: Any, lengths: ir.Value, attended: ir.Value, **matched: Any) -> Any:
         node = attended.producer()
@@ -63,6 +67,6 @@ class LowerAttention(GraphPass):
 
     def run(self, graph: ir.Model, context: PassContext) -> ir.Model:
         """See ``GraphPass.run``."""
-        ids = next(value for value in graph.graph.inputs if value.name == "input_ids")
+        ids = next((value for value in graph.graph.inputs if value.name == "input_ids"), None)
         apply_rules(graph, [_AttentionRule.rule(ids)], context)
         return graph
