@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import signal
 import sys
 import threading
@@ -33,6 +34,9 @@ _DISK_FULL = {
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "the file system allows no file this large",
 }
+_SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")
+"""What numpy says when a disk is full, without the number of the error."""
+
 _UNUSABLE_PATH = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG}
 
 _EXTRA_OF = {"onnxruntime": "cpu", "starlette": "serve", "uvicorn": "serve"}
@@ -111,12 +115,10 @@ def _report(error: Exception, *, with_traceback: bool) -> int:
 
 def _translated(error: Exception) -> LlmoptError | None:
     """The error a user can do something about, for those that Python and libraries raise; None for a bug."""
-    if isinstance(error, OSError) and error.errno in _DISK_FULL:
+    if isinstance(error, OSError) and (full := _disk_full(error)):
         where = f" while writing {error.filename}" if error.filename else ""
-        return ResourceError(
-            f"{_DISK_FULL[error.errno]}{where}",
-            hint="make room and run it again; LLMOPT_CACHE and TMPDIR choose other disks",
-        )
+        hint = "make room and run it again; LLMOPT_CACHE and TMPDIR choose other disks"
+        return ResourceError(f"{full}{where}", hint=hint)
     if isinstance(error, OSError) and error.errno in _UNUSABLE_PATH and error.filename:
         return InputError(f"cannot use {error.filename}: {error.strerror}")
     if is_out_of_memory(error):
@@ -125,6 +127,12 @@ def _translated(error: Exception) -> LlmoptError | None:
         package = error.name.partition(".")[0]
         return MissingExtraError(package, _EXTRA_OF[package]) if package in _EXTRA_OF else None
     return None
+
+
+def _disk_full(error: OSError) -> str | None:
+    if error.errno is None:
+        return "the disk is full" if _SHORT_WRITE.fullmatch(str(error)) else None
+    return _DISK_FULL.get(error.errno)
 
 
 def _last_own_line(error: Exception) -> str:

@@ -170,6 +170,7 @@ def test_a_recipe_error_prints_each_mistake_on_its_line(failing, capsys: pytest.
         (OSError(errno.ENOMEM, "Cannot allocate memory"), 7, "error: out of memory"),
         (OSError(errno.ENOSPC, "No space left on device", "/x/y"), 7, "error: the disk is full while writing /x/y"),
         (OSError(errno.EDQUOT, "Quota exceeded"), 7, "error: the disk quota is used up"),
+        (OSError("32768 requested and 32080 written"), 7, "error: the disk is full"),
         (OSError(errno.EFBIG, "File too large", "/x"), 7, "error: the file system allows no file this large"),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 2, "error: cannot use /x: Permission denied"),
         (NotADirectoryError(errno.ENOTDIR, "Not a directory", "/x"), 2, "error: cannot use /x: Not a directory"),
