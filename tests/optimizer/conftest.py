@@ -129,7 +129,7 @@ def recipe_of(tiny_llama: Path, tmp_path: Path) -> RecipeWriter:
 def install_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Installer]:
     """Puts a distribution with a weight pass on the path; returns the folder, for the PYTHONPATH of a subprocess."""
     folder = tmp_path / "site"
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     monkeypatch.syspath_prepend(str(folder))
     added: list[str] = []
 
