@@ -1,0 +1,59 @@
+"""Which schemes the cpu target runs, and why it refuses the others."""
+
+import pytest
+
+from llmopt.optimizer import loader
+from llmopt.optimizer.scheme import PRESETS, QuantSpec, Scheme
+from llmopt.optimizer.target import TARGETS
+
+CPU = TARGETS["cpu"]
+TOKEN = {"num_bits": 8, "strategy": "token", "dynamic": True}
+
+
+def scheme(activations=None, **weights):
+    settings = {"num_bits": 8, "strategy": "channel"} | weights
+    return Scheme(weights=QuantSpec(**settings), input_activations=QuantSpec(**activations) if activations else None)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_runs(name):
+    assert CPU.refusal(PRESETS[name]) is None
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("size", [-1, 16, 32, 48, 64, 96, 128, 192])
+def test_weight_only_runs_in_groups_of_any_multiple_of_16(bits, size, symmetric):
+    assert CPU.refusal(scheme(num_bits=bits, symmetric=symmetric).with_group_size(size)) is None
+
+
+@pytest.mark.parametrize(
+    ("refused", "why"),
+    [
+        (scheme(type="float"), "no floating-point weight kernels"),
+        (scheme(num_bits=3), "4 and 8 bits, not for 3"),
+        (scheme(num_bits=2), "4 and 8 bits, not for 2"),
+        (scheme(strategy="tensor"), "per channel or per group"),
+        (scheme(strategy="block"), "per channel or per group"),
+        (scheme(strategy="token"), "per channel or per group"),
+        (scheme(strategy="group", group_size=8), "multiple of 16, not 8"),
+        (scheme(strategy="group", group_size=40), "multiple of 16, not 40"),
+        (scheme(TOKEN | {"dynamic": False}), "int8 per token, dynamic and symmetric"),
+        (scheme(TOKEN | {"symmetric": False}), "int8 per token, dynamic and symmetric"),
+        (scheme(TOKEN | {"strategy": "tensor"}), "int8 per token, dynamic and symmetric"),
+        (scheme(TOKEN | {"num_bits": 4}), "int8 per token, dynamic and symmetric"),
+        (scheme(TOKEN | {"type": "float"}), "int8 per token, dynamic and symmetric"),
+        (scheme(TOKEN, num_bits=4), "symmetric int8 weights with one scale per channel"),
+        (scheme(TOKEN, symmetric=False), "symmetric int8 weights with one scale per channel"),
+        (scheme(TOKEN, strategy="group", group_size=32), "symmetric int8 weights with one scale per channel"),
+    ],
+)
+def test_what_has_no_kernel_is_refused_with_the_reason(refused, why):
+    assert why in CPU.refusal(refused)
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=lambda target: target.name)
+def test_a_target_is_found_by_its_name_and_its_graph_passes_exist_once(target):
+    assert TARGETS[target.name] is target
+    assert set(target.graph_passes) <= set(loader.names("passes.graph"))
+    assert len(set(target.graph_passes)) == len(target.graph_passes)
