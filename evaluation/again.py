@@ -20,7 +20,7 @@ from llmopt.runtime.backends.onnxruntime import open_backend
 __all__ = ["Question", "Result", "evaluate"]
 
 _FILE_WINDOWS = (8, 1024)
-_SAMPLED_WINDOWS = (16, 256)
+_SAMPLED_WINDOWS = (32, 128)
 """Fewer decoding steps than for a file: the source model writes this text token by token."""
 
 
@@ -31,7 +31,7 @@ class Question:
     Attributes:
         data: Text files. One that is called like a gate's text is used for that gate, in the gate's windows.
         windows: Of the other texts; None means 8 of a file and 16 of sampled text.
-        tokens: Per window; None means 1024 of a file and 256 of sampled text.
+        tokens: Per window; None means 1024 of a file and 128 of sampled text.
         source: Where the source model is now; None means where the build found it.
         threads: Of the engine and of PyTorch.
         offline: Whether hubs are left alone.

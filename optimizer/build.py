@@ -134,7 +134,8 @@ def _memory_limit(recipe: Recipe) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not is_out_of_memory(error):
+        # Extension modules whose allocation fails while they are imported raise SystemError.
+        if not is_out_of_memory(error) and not isinstance(error, SystemError):
             raise
         raise ResourceError(
             f"the build needs more memory than resources.max_ram_gb: {limit:g}",

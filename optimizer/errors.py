@@ -102,11 +102,12 @@ class ResourceError(LlmoptError):
     exit_code = 7
 
 
-# Libraries report a failed allocation as an exception with their own words: torch as a RuntimeError, ONNX Runtime as
-# its own kind.
+# Libraries report a failed allocation as an exception with their own words: torch, and oneDNN in it, as a RuntimeError,
+# ONNX Runtime as its own kind.
 _OUT_OF_MEMORY_WORDS = (
     "can't allocate memory", "cannot allocate memory", "out of memory", "bad_alloc", "bad allocation",
-    "failed to allocate memory", "can't start new thread",
+    "failed to allocate memory", "can't start new thread", "could not create a primitive",
+    "failed to map segment",
 )  # fmt: skip
 
 
@@ -114,5 +115,5 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether ``error`` says, in Python's or in a library's way, that an allocation failed."""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
-    is_theirs = isinstance(error, RuntimeError) or type(error).__module__.startswith(("onnxruntime", "safetensors"))
+    is_theirs = isinstance(error, RuntimeError | ImportError) or type(error).__module__.startswith(("onnxruntime", "safetensors"))
     return is_theirs and any(words in str(error).lower() for words in _OUT_OF_MEMORY_WORDS)

@@ -5,6 +5,7 @@ import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -122,9 +123,10 @@ def _identity(step: NamedPass) -> Sequence[object]:
 
 
 def _surroundings() -> Sequence[str | int]:
-    """What else changes bits: the compiler's sources, the library that computes, threads and CPU."""
+    """What else changes bits: the compiler's sources, the libraries that read and compute, threads and CPU."""
     flags = os.environ.get("ATEN_CPU_CAPABILITY", torch.backends.cpu.get_cpu_capability())
-    return [sources_digest(), torch.__version__, torch.get_num_threads(), platform.machine(), flags]
+    libraries = [torch.__version__, version("transformers")]
+    return [sources_digest(), *libraries, torch.get_num_threads(), platform.machine(), flags]
 
 
 def _tell(record: PassRecord, progress: Progress) -> None:

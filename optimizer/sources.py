@@ -124,9 +124,7 @@ def _load_gguf(path: Path, cache: Path) -> _Loaded:
     weights = gguf_file.open_weights(path, header, arch, config, shapes)
     if config["tie_word_embeddings"]:
         shapes.pop(f"{arch.head}.weight")
-    # What transformers made of the metadata counts as input too: another version may make something else.
     derived = file_digests({file.name: file for file in sorted(converted.iterdir())}, cache)
     present = {name: derived[name] for name in tokenizer_files.TOKENIZER_FILES if name in derived}
     tokenizer_dir = tokenizer_files.prepare(converted, config, present, cache)
-    files = {path.name: sha256} | {f"{path.name}/{name}": digest for name, digest in derived.items()}
-    return _Loaded(arch, config, fit_to_shapes(weights, shapes, path), files, tokenizer_dir)
+    return _Loaded(arch, config, fit_to_shapes(weights, shapes, path), {path.name: sha256}, tokenizer_dir)

@@ -83,7 +83,7 @@ class _Row:
 
 
 def _rows(manifest: "Manifest", *, every_layer: bool) -> list[_Row]:
-    """A row per layer, or per set of layers that differ only in their number, with sizes summed and errors averaged."""
+    """A row per layer, or per set of layers that differ only in their number: sizes summed, errors averaged."""
     groups: dict[tuple[str, str, str], list[Layer]] = {}
     for layer in manifest.layers:
         parts = layer.name.split(".")
@@ -94,7 +94,8 @@ def _rows(manifest: "Manifest", *, every_layer: bool) -> list[_Row]:
     for (label, shape, scheme), layers in groups.items():
         errors = [layer.error for layer in layers if layer.error is not None]
         mean = sum(errors) / len(errors) if errors else None
-        rows.append(_Row(label, len(layers), shape, scheme, sum(layer.bytes for layer in layers), mean))
+        name = label if len(layers) > 1 else layers[0].name
+        rows.append(_Row(name, len(layers), shape, scheme, sum(layer.bytes for layer in layers), mean))
     return rows
 
 

@@ -111,6 +111,8 @@ def main(args: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: Always.
     """
+    # torch's threads would otherwise spin while they wait, which on busy cores makes them several times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if "_LLMOPT_COMPLETE" in os.environ:  # set by the shell when it asks for completions, which click answers
         cli.main(prog_name="llmopt")
     arguments = list(sys.argv[1:] if args is None else args)
