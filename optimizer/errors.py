@@ -115,5 +115,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether ``error`` says, in Python's or in a library's way, that an allocation failed."""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
-    is_theirs = isinstance(error, RuntimeError | ImportError) or type(error).__module__.startswith(("onnxruntime", "safetensors"))
+    is_theirs = isinstance(error, RuntimeError | ImportError) or type(error).__module__.startswith(
+        ("onnxruntime", "safetensors")
+    )
     return is_theirs and any(words in str(error).lower() for words in _OUT_OF_MEMORY_WORDS)

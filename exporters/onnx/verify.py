@@ -140,7 +140,7 @@ def _session(graph: ir.Model) -> Any:
     """The graph in ONNX Runtime without its own optimizations, which would rewrite both sides."""
     try:
         import onnxruntime as ort
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise MissingExtraError("onnxruntime", "cpu") from error
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL

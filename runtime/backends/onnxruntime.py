@@ -50,7 +50,7 @@ def open_backend(directory: Path, engine: Engine, *, slots: int, capacity: int, 
 def _open_session(path: Path, target: str, threads: int) -> Any:
     try:
         import onnxruntime as ort
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise MissingExtraError("onnxruntime", "gpu" if target == "cuda" else "cpu") from error
     if target != "cpu":
         raise UnsupportedError(f"this version executes engines for the target cpu, not {target}")
