@@ -1,0 +1,168 @@
+"""`llmopt inspect`: what it shows of a build, and that a build that was changed is told."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from llmopt.optimizer.build import build
+from llmopt.optimizer.cli.main import main
+from llmopt.optimizer.manifest import Manifest, PassRecord
+from llmopt.optimizer.progress import Silent
+from llmopt.optimizer.recipe import Recipe
+
+
+@pytest.fixture(scope="module")
+def built(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A build in W4A16 with an int8 head and one linear in float. Tests must not change it."""
+    folder = tmp_path_factory.mktemp("built")
+    settings = {
+        "version": 1,
+        "model": str(tiny_llama),
+        "passes": [
+            {
+                "round_to_nearest": {
+                    "scheme": "W4A16",
+                    "group_size": 32,
+                    "overrides": [{"match": "model.layers.1.mlp.down_proj", "scheme": "none"}],
+                }
+            }
+        ],
+        "export": [{"onnx": {"target": "cpu"}}],
+        "accept": [{"metric": "kl", "max": 10, "windows": 2, "tokens": 32}],
+        "resources": {"threads": 1},
+    }
+    (folder / "recipe.yaml").write_text(json.dumps(settings))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLMOPT_CACHE", str(folder / "cache"))
+        build(Recipe.load(folder / "recipe.yaml"), folder / "it", cache=folder / "cache", progress=Silent())
+    return folder / "it"
+
+
+@pytest.fixture
+def copy(built: Path, tmp_path: Path) -> Path:
+    """The same, to be changed."""
+    shutil.copytree(built, tmp_path / "it")
+    return tmp_path / "it"
+
+
+@pytest.fixture
+def inspect(capsys: pytest.CaptureFixture[str]):
+    """Runs the command; returns exit code, stdout and stderr."""
+
+    def inspect_(*args: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            main(["inspect", *map(str, args)])
+        shown = capsys.readouterr()
+        return ended.value.code, shown.out, shown.err
+
+    return inspect_
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of every table row in ``text``."""
+    lines = [line for line in text.splitlines() if line.startswith("│")]
+    return [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
+
+
+def test_layers_passes_measurements_and_the_verdict_are_shown(inspect, built: Path, tiny_llama: Path) -> None:
+    code, shown, error = inspect(built)
+    assert (code, error) == (0, "")
+    manifest = Manifest.load(built)
+    assert f"model    {tiny_llama} (llama)\n" in shown
+    assert f"source   sha256 {manifest.source.digest}\n" in shown
+    assert "engine   engine/model.onnx: onnx for cpu, 3 layers, up to 256 tokens\n" in shown
+    assert "gates: accepted" in shown
+    found = {row[0]: row[1:] for row in rows(shown)}
+    assert {"round_to_nearest", "fuse_qkv", "lower_linear", "verify_lowering", "kl", "top1"} <= set(found)
+    assert found["kl on sampled"][0] == "max 10"
+    assert found["kl on sampled"][2] == "yes"
+
+
+def test_layers_that_differ_only_in_their_number_are_one_row(inspect, built: Path) -> None:
+    _, shown, _ = inspect(built)
+    found = [row for row in rows(shown) if row[0].startswith(("model.layers", "lm_head", "all"))]
+    assert ["model.layers.*.self_attn.q_proj", "3", "64x64", "W4A16 g32"] in [row[:4] for row in found]
+    assert sorted(row[:4] for row in found if "down_proj" in row[0]) == [
+        ["model.layers.*.mlp.down_proj", "2", "64x128", "W4A16 g32"],
+        ["model.layers.1.mlp.down_proj", "1", "64x128", "float32"],
+    ]
+    assert ["lm_head", "1", "512x64"] in [row[:3] for row in found]
+    total = sum(layer.bytes for layer in Manifest.load(built).layers)
+    assert ["all", "22", "", "", f"{total / 1e6:.2f}", ""] in found
+
+
+def test_every_layer_has_a_row_when_asked_for(inspect, built: Path) -> None:
+    _, shown, _ = inspect(built, "--layers")
+    found = {row[0]: row for row in rows(shown)}
+    for layer in Manifest.load(built).layers:
+        assert layer.scheme in found[layer.name]
+        assert ("" if layer.error is None else f"{layer.error:.4f}") == found[layer.name][-1]
+
+
+def test_json_is_the_manifest(inspect, built: Path) -> None:
+    code, shown, _ = inspect(built, "--json")
+    assert code == 0
+    assert json.loads(shown) == json.loads((built / "manifest.json").read_text())
+
+
+def test_notes_and_fallbacks_are_shown_as_they_were_written(inspect, copy: Path) -> None:
+    record = PassRecord(name="talk", changed=False, notes=["weights are [out, in]"], fallbacks=["[b] float :fox:"])
+    Manifest.load(copy).model_copy(update={"passes": [record]}).save(copy)
+    _, shown, _ = inspect(copy)
+    assert ["talk", "", "fallback: [b] float :fox:"] in rows(shown)
+    assert ["", "", "weights are [out, in]"] in rows(shown)
+
+
+def test_verify_says_how_many_files_it_compared(inspect, built: Path) -> None:
+    code, shown, _ = inspect(built, "--verify")
+    assert code == 0
+    assert shown.endswith(f"verified: {len(Manifest.load(built).files)} files are what the manifest says\n")
+
+
+@pytest.mark.parametrize("name", ["engine/model.onnx.data", "tokenizer.json", "report.html"])
+def test_a_changed_byte_is_found_by_verify(inspect, copy: Path, name: str) -> None:
+    content = bytearray((copy / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (copy / name).write_bytes(content)
+    assert inspect(copy)[0] == 0
+    code, shown, error = inspect(copy, "--verify")
+    assert (code, shown) == (6, "")
+    assert error == (
+        f"error: {copy} was changed: {name} was changed: its sha256 is not the manifest's\n"
+        "hint: build it again, or restore it\n"
+    )
+
+
+def test_a_changed_size_or_a_missing_file_is_found_without_verify(inspect, copy: Path) -> None:
+    (copy / "tokenizer.json").unlink()
+    with (copy / "engine/model.onnx").open("ab") as file:
+        file.write(b"x")
+    code, _, error = inspect(copy)
+    assert code == 6
+    assert "engine/model.onnx has " in error
+    assert "tokenizer.json is missing" in error
+
+
+@pytest.mark.parametrize("args", [[], ["--json"], ["--verify"]])
+def test_what_is_no_build_is_told(inspect, tmp_path: Path, args: list[str]) -> None:
+    code, shown, error = inspect(tmp_path / "nowhere", *args)
+    assert (code, shown) == (2, "")
+    assert error.startswith(f"error: {tmp_path / 'nowhere'} is not a build: it has no manifest.json\nhint: ")
+
+
+def test_a_damaged_manifest_is_told(inspect, copy: Path) -> None:
+    (copy / "manifest.json").write_text((copy / "manifest.json").read_text()[:-100])
+    code, _, error = inspect(copy)
+    assert code == 6
+    assert "manifest.json is damaged: " in error
+    assert error.endswith("hint: build it again\n")
+
+
+def test_a_build_of_another_schema_is_told(inspect, copy: Path) -> None:
+    data = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps({**data, "schema_number": 2}))
+    code, _, error = inspect(copy)
+    assert code == 2
+    assert "manifest.json has schema 2, this llmopt reads 1\nhint: build it again with this version\n" in error
