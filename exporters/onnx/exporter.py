@@ -21,6 +21,7 @@ __all__ = ["Onnx"]
 
 _DTYPES = {ir.DataType.FLOAT: "float32", ir.DataType.INT64: "int64"}
 _MAX_CHUNK = 512
+_HEAD_MULTIPLE = 16
 
 
 class Onnx(Exporter):
@@ -40,7 +41,7 @@ class Onnx(Exporter):
         """See ``Exporter.check``.
 
         Raises:
-            UnsupportedError: An activation, rope type or capacity that this exporter has no graph for.
+            UnsupportedError: An activation, rope type, width of heads or capacity that this exporter has no graph for.
             MissingExtraError: onnxruntime, which verifies and measures the engine, is not installed.
         """
         if importlib.util.find_spec("onnxruntime") is None:
@@ -49,6 +50,11 @@ class Onnx(Exporter):
         activation = model.config.get("hidden_act", "silu")
         if activation != "silu":
             raise UnsupportedError(f"the MLP's activation {activation!r} is not supported", hint="supported: silu")
+        if model.config["head_dim"] % _HEAD_MULTIPLE:
+            raise UnsupportedError(
+                f"attention heads of {model.config['head_dim']} columns are not supported",
+                hint=f"the attention kernel takes multiples of {_HEAD_MULTIPLE}",
+            )
         longest = int(model.config["max_position_embeddings"])
         if self.capacity is not None and self.capacity > longest:
             raise UnsupportedError(

@@ -7,7 +7,10 @@ import pytest
 
 from llmopt.exporters.onnx.lowering import lowered_graph
 from llmopt.exporters.onnx.standard import standard_graph
+from llmopt.optimizer.contracts import PassContext
+from llmopt.optimizer.model import DenseWeight
 from llmopt.optimizer.target import TARGETS
+from llmopt.passes.round_to_nearest import RoundToNearest
 
 CPU = TARGETS["cpu"]
 KINDS = [{}, {"tie_word_embeddings": False}, {"attention_bias": True, "mlp_bias": True}]
@@ -86,7 +89,7 @@ def test_columns_that_are_no_whole_number_of_blocks(
 
 
 def test_an_odd_number_of_blocks_with_zero_points(model_of, engine_of, reference_logits, row_error, ids):
-    sizes = {"hidden_size": 48, "intermediate_size": 80, "head_dim": 20, "num_attention_heads": 4}
+    sizes = {"hidden_size": 48, "intermediate_size": 80}
     model = model_of("W4A16_ASYM", {"group_size": 16, "head": "none"}, num_hidden_layers=1, **sizes)
     error = row_error(engine_of(lowered(model)[0], model.config).logits(ids), reference_logits(model, ids))
     assert np.median(error) < 0.05
@@ -165,10 +168,17 @@ def test_a_batch_without_a_past_equals_each_sequence_alone(model_of, engine_of, 
         np.testing.assert_array_equal(together[i], engine.logits(ids[i : i + 1])[0])
 
 
-@by_kind
+@pytest.mark.parametrize("head_dim", [32, 48, 80])
+def test_heads_of_any_multiple_of_sixteen(model_of, engine_of, reference_logits, ids, head_dim):
+    model = model_of(head_dim=head_dim, num_hidden_layers=1)
+    found = engine_of(lowered(model)[0], model.config).logits(ids)
+    np.testing.assert_allclose(found, reference_logits(model, ids), atol=1e-4)
+
+
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize(("scheme", "options"), BATCH_INVARIANT)
-def test_ragged_decode_is_bit_identical_to_each_row_alone(model_of, backend_of, kind, scheme, options):
-    backend = backend_of(model_of(scheme, options, **kind))
+def test_ragged_decode_is_bit_identical_to_each_row_alone(model_of, backend_of, biased, scheme, options):
+    backend = backend_of(model_of(scheme, options, attention_bias=biased, mlp_bias=biased))
     generator = np.random.default_rng(2)
     lengths = [9, 2, 16, 5]
     prompts = [generator.integers(3, 512, length) for length in lengths]
@@ -204,10 +214,6 @@ def test_rows_are_picked_in_the_order_asked_for_and_more_than_once(model_of, bac
 
 
 def test_a_token_of_zeros_gives_finite_logits(model_of, backend_of, ids):
-    from llmopt.optimizer.contracts import PassContext
-    from llmopt.optimizer.model import DenseWeight
-    from llmopt.passes.round_to_nearest import RoundToNearest
-
     model = model_of()
     table = model.weights["model.embed_tokens.weight"].dense().clone()
     table[int(ids[0, 4])] = 0
