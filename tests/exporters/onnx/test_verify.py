@@ -1,0 +1,114 @@
+"""The lowered graph is run against the standard one, and a broken lowering is caught with its layer's name."""
+
+import sys
+
+import numpy as np
+import pytest
+
+from llmopt.exporters.onnx.verify import verify_lowering
+from llmopt.optimizer.errors import MissingExtraError, VerificationError
+from llmopt.optimizer.model import DenseWeight
+from llmopt.optimizer.target import TARGETS
+from llmopt.passes.graph import fuse_norm, fuse_silu, lower_linear
+
+CPU = TARGETS["cpu"]
+
+
+def verified(model, level="quick", seed=0):
+    return verify_lowering(model, CPU, level=level, seed=seed)
+
+
+@pytest.mark.parametrize(("level", "layers"), [("none", []), ("quick", [0, 2, 4]), ("full", [0, 1, 2, 3, 4])])
+def test_a_level_says_which_layers_are_run(model_of, level, layers):
+    found = verified(model_of(num_hidden_layers=5), level)
+    assert list(found) == [f"layers.{i}" for i in layers]
+
+
+@pytest.mark.parametrize(("count", "layers"), [(1, [0]), (2, [0, 1]), (3, [0, 1, 2])])
+def test_quick_takes_every_layer_of_a_small_model_once(model_of, count, layers):
+    assert list(verified(model_of(num_hidden_layers=count))) == [f"layers.{i}" for i in layers]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "options", "limit"),
+    [
+        (None, {}, 1e-5),
+        ("W8A8", {}, 1e-5),
+        ("W8A16", {}, 5e-2),
+        ("W4A16_ASYM", {"group_size": 16}, 5e-2),
+        ("W8A8", {"head": "W8A16"}, 5e-2),
+    ],
+)
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_right_lowering_stays_within_the_limit(model_of, scheme, options, limit, biased):
+    differences = verified(model_of(scheme, options, attention_bias=biased, mlp_bias=biased))
+    assert all(0 <= difference < limit for difference in differences.values())
+    assert scheme in (None, "W8A8") or max(differences.values()) > 0
+
+
+def test_the_same_seed_finds_the_same(model_of):
+    model = model_of("W8A16")
+    assert verified(model, seed=4) == verified(model, seed=4)
+    assert verified(model, seed=4) != verified(model, seed=5)
+
+
+def scaled(rewrite, factor):
+    """A rewrite whose result is multiplied: a rule with a mistake in it."""
+
+    def wrong(self, op, *args, **matched):
+        value = rewrite(self, op, *args, **matched)
+        return op.Mul(value, op.Constant(value_float=factor))
+
+    return wrong
+
+
+@pytest.mark.parametrize("scheme", [None, "W8A8", "W8A16"])
+def test_a_broken_graph_pass_is_caught(model_of, monkeypatch, scheme):
+    monkeypatch.setattr(fuse_silu._SiluRule, "rewrite", scaled(fuse_silu._SiluRule.rewrite, 1.5))
+    with pytest.raises(VerificationError, match=r"layer 0: .* differ .* by .* is accepted") as caught:
+        verified(model_of(scheme))
+    assert caught.value.exit_code == 6
+    assert "graph pass" in caught.value.hint
+
+
+def test_a_small_mistake_is_caught_where_kernels_are_exact(model_of, monkeypatch):
+    monkeypatch.setattr(lower_linear._PerTokenRule, "rewrite", scaled(lower_linear._PerTokenRule.rewrite, 1.01))
+    with pytest.raises(VerificationError, match="layer 0"):
+        verified(model_of("W8A8"))
+
+
+def test_the_layer_that_differs_is_named(model_of, monkeypatch):
+    right = fuse_norm._SkipNormRule.rewrite
+
+    def wrong(self, op, x, y, weight, normed):
+        if float(weight.const_value.numpy()[0]) == 7:
+            x = op.Mul(x, op.Constant(value_float=0.5))
+        return right(self, op, x=x, y=y, weight=weight, normed=normed)
+
+    monkeypatch.setattr(fuse_norm._SkipNormRule, "rewrite", wrong)
+    model = model_of(num_hidden_layers=5)
+    name = "model.layers.3.post_attention_layernorm.weight"
+    marked = model.weights[name].dense().clone()
+    marked[0] = 7
+    model = model.with_weights({name: DenseWeight.of(marked)})
+    assert len(verified(model, "quick")) == 3  # layers 0, 2 and 4
+    with pytest.raises(VerificationError, match=r"^layer 3: "):
+        verified(model, "full")
+
+
+def test_numbers_that_are_not_finite_are_caught(model_of):
+    model = model_of(num_hidden_layers=1)
+    name = "model.layers.0.mlp.down_proj.weight"
+    broken = model.weights[name].dense().clone()
+    broken[:] = np.nan
+    with pytest.raises(VerificationError, match="layer 0"):
+        verified(model.with_weights({name: DenseWeight.of(broken)}))
+
+
+def test_without_onnxruntime_the_extra_is_named(model_of, monkeypatch):
+    model = model_of(num_hidden_layers=1)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(MissingExtraError) as caught:
+        verified(model)
+    assert caught.value.hint == "pip install 'llmopt[cpu]'"
+    assert verified(model, "none") == {}
