@@ -53,7 +53,6 @@ def main() -> int:
         show("build", str(RECIPES / f"{DEFAULT_MODEL}-int8.yaml"), "-o", str(directory), "--force")
         ask(directory, arguments.out / "demo-server.log")
         show("inspect", str(directory))
-        show("eval", str(directory))
         show("bench", str(directory))
     except LlmoptError as error:
         print(f"\nerror: {error.message}", file=sys.stderr)
