@@ -1,6 +1,8 @@
 """Tiny Llamas in every scheme, and engines of them, executed three ways."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,11 @@ import torch
 
 from llmopt.calibration.reference import Reference
 from llmopt.exporters.onnx.exporter import Onnx
+from llmopt.exporters.onnx.lowering import lowered_graph
 from llmopt.optimizer.contracts import PassContext
 from llmopt.optimizer.model import Model
 from llmopt.optimizer.sources import load_model
+from llmopt.optimizer.target import TARGETS
 from llmopt.passes.round_to_nearest import RoundToNearest
 from llmopt.runtime.backends.onnxruntime import OnnxRuntimeBackend, open_backend
 
@@ -68,21 +72,38 @@ def model_of(llama_of: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
 
     Options are those of ``round_to_nearest``; other keywords change the config.
     """
-    cache = tmp_path_factory.mktemp("cache")
-    loaded: dict[str, Model] = {}
+    directory = tmp_path_factory.mktemp("cache")
+
+    @cache
+    def loaded(changes: str) -> Model:
+        return load_model(str(llama_of(**json.loads(changes))), cache=directory)
+
+    @cache
+    def quantized(changes: str, options: str) -> Model:
+        one = RoundToNearest(**json.loads(options))
+        one.requires(loaded(changes))
+        return one.run(loaded(changes), PassContext())
 
     def make(scheme: str | None = None, options: Mapping[str, Any] | None = None, **changes: Any) -> Model:
-        changes = {"num_hidden_layers": 2} | changes
-        key = repr(sorted(changes.items()))
-        if key not in loaded:
-            loaded[key] = load_model(str(llama_of(**changes)), cache=cache)
+        changed = json.dumps({"num_hidden_layers": 2} | changes, sort_keys=True)
         if scheme is None:
-            return loaded[key]
-        one = RoundToNearest(scheme=scheme, **(options or {}))
-        one.requires(loaded[key])
-        return one.run(loaded[key], PassContext())
+            return loaded(changed)
+        return quantized(changed, json.dumps({"scheme": scheme} | dict(options or {})))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def lowered_of() -> Callable[..., ir.Model]:
+    """The graph that the target cpu executes, made once for each model."""
+    made: dict[int, tuple[Model, ir.Model]] = {}  # the model is held, so that its id stays its own
+
+    def lowered(model: Model) -> ir.Model:
+        if id(model) not in made:
+            made[id(model)] = model, lowered_graph(model, TARGETS["cpu"], capacity=CAPACITY)[0]
+        return made[id(model)][1]
+
+    return lowered
 
 
 @pytest.fixture(scope="session")
@@ -108,12 +129,15 @@ def row_error() -> Callable[..., np.ndarray]:
 
 @pytest.fixture(scope="session")
 def backend_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., OnnxRuntimeBackend]:
-    """Exports a model and opens it with a pool of slots bound in place."""
+    """Exports a model and opens it with a pool of four slots bound in place; once for each model."""
+    made: dict[int, tuple[Model, OnnxRuntimeBackend]] = {}
 
-    def make(model: Model, *, slots: int = 4, capacity: int = CAPACITY, **options: Any) -> OnnxRuntimeBackend:
-        directory = tmp_path_factory.mktemp("build")
-        engine, _ = Onnx(capacity=capacity, **options).export(model, directory, PassContext(verify="none"))
-        return open_backend(directory, engine, slots=slots, capacity=capacity, threads=1)
+    def make(model: Model) -> OnnxRuntimeBackend:
+        if id(model) not in made:
+            directory = tmp_path_factory.mktemp("build")
+            engine, _ = Onnx(capacity=CAPACITY).export(model, directory, PassContext(verify="none"))
+            made[id(model)] = model, open_backend(directory, engine, slots=4, capacity=CAPACITY, threads=1)
+        return made[id(model)][1]
 
     return make
 

@@ -36,31 +36,27 @@ BATCH_INVARIANT = [
 ]
 
 
-def lowered(model, **options):
-    return lowered_graph(model, CPU, capacity=32, **options)
-
-
 @by_kind
 @pytest.mark.parametrize(("scheme", "options"), EXACT)
 @pytest.mark.parametrize("optimized", [True, False])
 def test_exact_schemes_equal_torch(
-    model_of, engine_of, reference_logits, row_error, ids, kind, scheme, options, optimized
+    model_of, lowered_of, engine_of, reference_logits, row_error, ids, kind, scheme, options, optimized
 ):
     model = model_of(scheme, options, **kind)
-    found = engine_of(lowered(model)[0], model.config, optimized=optimized).logits(ids)
+    found = engine_of(lowered_of(model), model.config, optimized=optimized).logits(ids)
     error = row_error(found, reference_logits(model, ids))
     # A number on the border of two integers may round either way: that reaches few rows, and not the median.
     assert np.median(error) < 1e-4
     assert error.max() < (0.5 if scheme else 1e-4)
 
 
-@by_kind
+@pytest.mark.parametrize("kind", [KINDS[0], KINDS[1] | KINDS[2]], ids=["tied", "untied and biased"])
 @pytest.mark.parametrize(("scheme", "options"), ROUNDED)
 def test_weight_only_schemes_stay_within_the_kernels_rounding(
-    model_of, engine_of, reference_logits, row_error, ids, kind, scheme, options
+    model_of, lowered_of, engine_of, reference_logits, row_error, ids, kind, scheme, options
 ):
     model = model_of(scheme, options, **kind)
-    found = engine_of(lowered(model)[0], model.config).logits(ids)
+    found = engine_of(lowered_of(model), model.config).logits(ids)
     error = row_error(found, reference_logits(model, ids))
     assert np.median(error) < 0.05
     assert error.max() < 0.5
@@ -68,10 +64,10 @@ def test_weight_only_schemes_stay_within_the_kernels_rounding(
 
 @pytest.mark.parametrize("scheme", ["W8A16", "W4A16", "W4A16_ASYM"])
 @pytest.mark.parametrize("size", [48, 96, 192])
-def test_groups_of_no_power_of_two(model_of, engine_of, reference_logits, row_error, ids, scheme, size):
+def test_groups_of_no_power_of_two(model_of, lowered_of, engine_of, reference_logits, row_error, ids, scheme, size):
     sizes = {"hidden_size": 192, "intermediate_size": 384, "head_dim": 48, "num_hidden_layers": 1}
     model = model_of(scheme, {"group_size": size}, **sizes)
-    graph, _ = lowered(model)
+    graph = lowered_of(model)
     assert "DequantizeLinear" not in {node.op_type for node in graph.graph}
     error = row_error(engine_of(graph, model.config).logits(ids), reference_logits(model, ids))
     assert np.median(error) < 0.05
@@ -80,25 +76,25 @@ def test_groups_of_no_power_of_two(model_of, engine_of, reference_logits, row_er
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(("scheme", "options"), [("W8A16", {}), ("W4A16_ASYM", {"group_size": -1}), ("W8A8", {})])
 def test_columns_that_are_no_whole_number_of_blocks(
-    model_of, engine_of, reference_logits, row_error, ids, scheme, options, tied
+    model_of, lowered_of, engine_of, reference_logits, row_error, ids, scheme, options, tied
 ):
     sizes = {"hidden_size": 72, "intermediate_size": 136, "num_hidden_layers": 1, "tie_word_embeddings": tied}
     model = model_of(scheme, options, **sizes)
-    error = row_error(engine_of(lowered(model)[0], model.config).logits(ids), reference_logits(model, ids))
+    error = row_error(engine_of(lowered_of(model), model.config).logits(ids), reference_logits(model, ids))
     assert np.median(error) < (1e-4 if scheme == "W8A8" else 0.05)
 
 
-def test_an_odd_number_of_blocks_with_zero_points(model_of, engine_of, reference_logits, row_error, ids):
+def test_an_odd_number_of_blocks_with_zero_points(model_of, lowered_of, engine_of, reference_logits, row_error, ids):
     sizes = {"hidden_size": 48, "intermediate_size": 80}
     model = model_of("W4A16_ASYM", {"group_size": 16, "head": "none"}, num_hidden_layers=1, **sizes)
-    error = row_error(engine_of(lowered(model)[0], model.config).logits(ids), reference_logits(model, ids))
+    error = row_error(engine_of(lowered_of(model), model.config).logits(ids), reference_logits(model, ids))
     assert np.median(error) < 0.05
 
 
-@by_kind
-@pytest.mark.parametrize(("scheme", "options"), [EXACT[0], EXACT[1], *ROUNDED[:6:2]])
-def test_the_checker_accepts_it_and_nothing_standard_is_left_over(model_of, kind, scheme, options):
-    graph, _ = lowered(model_of(scheme, options, **kind))
+@pytest.mark.parametrize("kind", [KINDS[0], KINDS[1] | KINDS[2]], ids=["tied", "untied and biased"])
+@pytest.mark.parametrize(("scheme", "options"), [EXACT[0], EXACT[1], *ROUNDED[:6:4]])
+def test_the_checker_accepts_it_and_nothing_standard_is_left_over(model_of, lowered_of, kind, scheme, options):
+    graph = lowered_of(model_of(scheme, options, **kind))
     proto = ir.to_proto(graph)
     onnx.checker.check_model(proto)
     assert {opset.domain for opset in proto.opset_import} == {"", "com.microsoft"}
@@ -112,7 +108,7 @@ def test_the_checker_accepts_it_and_nothing_standard_is_left_over(model_of, kind
 
 
 def test_there_is_a_record_for_each_graph_pass_in_order(model_of):
-    _, records = lowered(model_of("W8A8"))
+    _, records = lowered_graph(model_of("W8A8"), CPU, capacity=32)
     assert [record.name for record in records] == list(CPU.graph_passes)
     applied = {record.name: record.details["applied"] for record in records}
     assert all(applied.values())
@@ -121,14 +117,14 @@ def test_there_is_a_record_for_each_graph_pass_in_order(model_of):
 
 
 def test_a_pass_with_nothing_to_do_is_recorded_as_such(model_of):
-    _, records = lowered(model_of())
+    _, records = lowered_graph(model_of(), CPU, capacity=32)
     record = next(record for record in records if record.name == "lower_embedding")
     assert (record.changed, record.details["applied"]) == (False, 0)
 
 
-def test_inputs_and_outputs_stay_the_contracts(model_of):
+def test_inputs_and_outputs_stay_the_contracts(model_of, lowered_of):
     model = model_of("W8A8")
-    graphs = standard_graph(model, capacity=32), lowered(model)[0]
+    graphs = standard_graph(model, capacity=32), lowered_of(model)
     described = [
         [(value.name, value.dtype, str(value.shape)) for value in (*graph.graph.inputs, *graph.graph.outputs)]
         for graph in graphs
@@ -146,7 +142,7 @@ def chunked(backend, slot, sequence, size=4):
 
 @pytest.mark.parametrize(("scheme", "options"), [*EXACT[:2], ROUNDED[3]])
 def test_chunks_and_decode_steps_in_place_equal_one_call(
-    model_of, engine_of, backend_of, reference_logits, row_error, ids, scheme, options
+    model_of, lowered_of, engine_of, backend_of, reference_logits, row_error, ids, scheme, options
 ):
     model = model_of(scheme, options)
     backend, expected = backend_of(model), reference_logits(model, ids[:1])[0]
@@ -154,24 +150,24 @@ def test_chunks_and_decode_steps_in_place_equal_one_call(
     found = [backend.prefill(0, sequence[:4], 0, np.arange(4)), backend.prefill(0, sequence[4:8], 4, np.arange(4))]
     found += [backend.decode(sequence[i : i + 1], np.array([i])).copy() for i in range(8, 12)]
     found = np.concatenate(found)
-    whole = engine_of(lowered(model)[0], model.config).logits(ids[:1])[0]
+    whole = engine_of(lowered_of(model), model.config).logits(ids[:1])[0]
     limit = 0.05 if scheme == "W4A16" else 1e-4
     assert np.median(row_error(found, expected)) < limit
     assert np.median(row_error(found, whole)) < limit
 
 
-def test_a_batch_without_a_past_equals_each_sequence_alone(model_of, engine_of, ids):
+def test_a_batch_without_a_past_equals_each_sequence_alone(model_of, lowered_of, engine_of, ids):
     model = model_of("W8A8")
-    engine = engine_of(lowered(model)[0], model.config)
+    engine = engine_of(lowered_of(model), model.config)
     together = engine.logits(ids)
     for i in range(3):
         np.testing.assert_array_equal(together[i], engine.logits(ids[i : i + 1])[0])
 
 
 @pytest.mark.parametrize("head_dim", [32, 48, 80])
-def test_heads_of_any_multiple_of_sixteen(model_of, engine_of, reference_logits, ids, head_dim):
+def test_heads_of_any_multiple_of_sixteen(model_of, lowered_of, engine_of, reference_logits, ids, head_dim):
     model = model_of(head_dim=head_dim, num_hidden_layers=1)
-    found = engine_of(lowered(model)[0], model.config).logits(ids)
+    found = engine_of(lowered_of(model), model.config).logits(ids)
     np.testing.assert_allclose(found, reference_logits(model, ids), atol=1e-4)
 
 

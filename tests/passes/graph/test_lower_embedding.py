@@ -97,7 +97,6 @@ def test_blocks_are_shared_by_both(rewrite, graph_of, numbers, feeds, bits, colu
     assert np.abs(logits - result.before[0][1]).max() < ROUNDED * np.abs(logits).max()
 
 
-@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize(
     ("scheme", "options"),
     [
@@ -109,8 +108,8 @@ def test_blocks_are_shared_by_both(rewrite, graph_of, numbers, feeds, bits, colu
         ("W4A16", {"group_size": 16, "overrides": [{"match": "lm_head", "scheme": "W4A16_ASYM"}]}),
     ],
 )
-def test_a_tied_models_table_is_shared(rewrite_model, model_of, scheme, options, biased):
-    changes = {"hidden_size": 128, "num_hidden_layers": 1, "attention_bias": biased, "mlp_bias": biased}
+def test_a_tied_models_table_is_shared(rewrite_model, model_of, scheme, options):
+    changes = {"hidden_size": 128, "num_hidden_layers": 1, "attention_bias": True, "mlp_bias": True}
     result = rewrite_model("lower_embedding", model_of(scheme, options, **changes), after=["select_rows"])
     assert result.applied == 2
     assert result.difference() < ROUNDED
