@@ -20,7 +20,7 @@ from llmopt.runtime.backends.onnxruntime import open_backend
 __all__ = ["Question", "Result", "evaluate"]
 
 _FILE_WINDOWS = (8, 1024)
-_SAMPLED_WINDOWS = (32, 128)
+_SAMPLED_WINDOWS = (16, 128)
 """Fewer decoding steps than for a file: the source model writes this text token by token."""
 
 

@@ -39,7 +39,7 @@ class Gate(BaseModel):
     data: Path | None = Field(
         None, description="A text file; omitted: text sampled from the source model. Relative to the recipe."
     )
-    windows: PositiveInt = Field(32, description="How many windows of the text are used.")
+    windows: PositiveInt = Field(16, description="How many windows of the text are used.")
     tokens: PositiveInt = Field(128, ge=2, description="Tokens per window.")
 
     @model_validator(mode="after")

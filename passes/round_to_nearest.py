@@ -2,6 +2,7 @@
 
 from llmopt.optimizer.assignment import SchemeQuantPass
 from llmopt.optimizer.contracts import PassContext
+from llmopt.optimizer.errors import PassError
 from llmopt.optimizer.model import Model, Weight
 from llmopt.optimizer.rounding import quantize
 
@@ -19,6 +20,8 @@ class RoundToNearest(SchemeQuantPass):
         for done, (module, scheme) in enumerate(assigned.items(), start=1):
             name = model.weight_of(module)
             weight = model.weights[name].dense()
+            if not weight.isfinite().all():
+                raise PassError(f"{name} has values that are not finite", hint="the checkpoint is damaged, or overflowed")
             rounded = quantize(weight, scheme)
             errors[module] = float((rounded.dense() - weight).norm() / weight.norm().clamp(min=1e-30))
             changed |= context.keep({name: rounded})

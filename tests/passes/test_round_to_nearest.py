@@ -7,6 +7,7 @@ import torch
 
 from llmopt.calibration.reference import Reference
 from llmopt.optimizer.contracts import PassContext
+from llmopt.optimizer.errors import PassError
 from llmopt.optimizer.model import DenseWeight, QuantWeight
 from llmopt.optimizer.rounding import quantize
 from llmopt.optimizer.scheme import PRESETS
@@ -155,3 +156,13 @@ def test_two_runs_are_bit_identical_whatever_the_seed(float_model_of):
             assert weight.values.equal(other.values)
             assert weight.scale.equal(other.scale)
             assert (weight.zero is None and other.zero is None) or weight.zero.equal(other.zero)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_named(float_model_of, value):
+    model = float_model_of(num_hidden_layers=1)
+    name = "model.layers.0.mlp.up_proj.weight"
+    damaged = model.weights[name].load().clone()
+    damaged[3, 5] = value
+    with pytest.raises(PassError, match=name):
+        rounded(model.with_weights({name: DenseWeight.of(damaged)}), scheme="W8A8")
