@@ -21,7 +21,8 @@ class RoundToNearest(SchemeQuantPass):
             name = model.weight_of(module)
             weight = model.weights[name].dense()
             if not weight.isfinite().all():
-                raise PassError(f"{name} has values that are not finite", hint="the checkpoint is damaged, or overflowed")
+                text = f"{name} has values that are not finite"
+                raise PassError(text, hint="the checkpoint is damaged, or overflowed while it was trained or merged")
             rounded = quantize(weight, scheme)
             errors[module] = float((rounded.dense() - weight).norm() / weight.norm().clamp(min=1e-30))
             changed |= context.keep({name: rounded})

@@ -28,7 +28,7 @@ def test_a_gate_is_described_as_it_was_written(written: dict[str, object]) -> No
 
 def test_a_gate_takes_a_fair_amount_of_text_when_none_is_given() -> None:
     gate = Gate(metric="kl", max=1)
-    assert (gate.windows * gate.tokens, gate.data) == (4096, None)
+    assert (gate.windows * gate.tokens, gate.data) == (2048, None)
 
 
 @pytest.mark.parametrize(
