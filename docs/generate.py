@@ -16,6 +16,7 @@ import click
 from llmopt.optimizer import loader
 from llmopt.optimizer.cli.main import cli
 from llmopt.optimizer.gates import Gate
+from llmopt.optimizer.options import options_of, words_of
 from llmopt.optimizer.recipe import Settings
 from llmopt.optimizer.scheme import PRESETS, QuantSpec, Scheme
 from llmopt.optimizer.target import TARGETS
@@ -24,9 +25,6 @@ ROOT = Path(__file__).parents[1]
 WIDTH = 100
 _SEPARATE = {Scheme.__name__, QuantSpec.__name__, Gate.__name__}
 """Mappings with a section of their own."""
-
-_UNBOUNDED = 2**53
-"""Bounds from here on are those of a number format, of no interest to a reader."""
 
 Schema = Mapping[str, Any]
 
@@ -122,32 +120,14 @@ def summary(command: click.Command) -> str:
 
 def option_table(schema: Schema) -> str:
     """The properties of a pydantic model's JSON schema as a table."""
-    required = set(schema.get("required", ()))
-    definitions = schema.get("$defs", {})
-    rows = []
-    for name, option in schema.get("properties", {}).items():
-        default = "required" if name in required else _default(option.get("default"))
-        rows.append((f"`{name}`", type_words(option, definitions), default, option.get("description", "")))
+    rows = [
+        (f"`{option.name}`", option.takes, _quoted(option.default), option.meaning) for option in options_of(schema)
+    ]
     return table(("key", "type", "default", "meaning"), rows) if rows else "It has no options."
 
 
-def type_words(option: Schema, definitions: Mapping[str, Schema]) -> str:
-    """A JSON schema's type in a few words, with its bounds."""
-    if "$ref" in option:
-        name = option["$ref"].rpartition("/")[2]
-        target = definitions.get(name, {})
-        return type_words(target, definitions) if "enum" in target else _named(name)
-    if "const" in option:
-        return f"`{option['const']}`"
-    if "enum" in option:
-        return ", ".join(f"`{value}`" for value in option["enum"])
-    for alternatives in ("anyOf", "oneOf"):
-        if alternatives in option:
-            words = (type_words(each, definitions) for each in option[alternatives] if each.get("type") != "null")
-            return " or ".join(dict.fromkeys(words))
-    if option.get("type") == "array":
-        return f"list of {type_words(option.get('items', {}), definitions)}"
-    return _scalar_words(option)
+def _quoted(default: str) -> str:
+    return default if default in ("required", "not set", "empty") else f"`{default}`"
 
 
 def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
@@ -185,12 +165,11 @@ def _option_sections(kind: loader.Kind) -> str:
 
 
 def _nested_tables(schema: Schema) -> list[str]:
-    """A table for each mapping that an option may hold."""
-    nested = {name: each for name, each in schema.get("$defs", {}).items() if "properties" in each}
-    shown = {name: each for name, each in nested.items() if name not in _SEPARATE}
+    """A table for each mapping that an option may hold and that has no section of its own."""
     return [
-        f"Keys of `{_named(name)}`:\n\n{option_table({**each, '$defs': schema['$defs']})}"
-        for name, each in shown.items()
+        f"Keys of `{words_of(name)}`:\n\n{option_table({**each, '$defs': schema['$defs']})}"
+        for name, each in schema.get("$defs", {}).items()
+        if "properties" in each and name not in _SEPARATE
     ]
 
 
@@ -199,46 +178,6 @@ def _spec_words(spec: QuantSpec) -> str:
     scale = shared.get(spec.strategy, f"per {spec.group_size} input columns")
     form = "symmetric" if spec.symmetric else "asymmetric"
     return f"{spec.type}{spec.num_bits}, {form}, {'dynamic ' if spec.dynamic else ''}scale {scale}"
-
-
-def _named(name: str) -> str:
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()
-
-
-def _scalar_words(option: Schema) -> str:
-    words = {
-        "string": "text",
-        "integer": "integer",
-        "number": "number",
-        "boolean": "true or false",
-        "object": "mapping",
-    }
-    return f"{words.get(option.get('type', ''), 'any value')}{_bounds(option)}"
-
-
-def _bounds(option: Schema) -> str:
-    low, high = option.get("minimum"), option.get("maximum")
-    if high is not None and high >= _UNBOUNDED:
-        high = None
-    if low is not None and high is not None:
-        return f" from {_plain(low)} to {_plain(high)}"
-    above, below = option.get("exclusiveMinimum"), option.get("exclusiveMaximum")
-    if low is not None:
-        above = None
-    signs = ((">", above), (">=", low), ("<", below), ("<=", high))
-    return "".join(f" {sign} {_plain(bound)}" for sign, bound in signs if bound is not None)
-
-
-def _default(value: object) -> str:
-    if value is None or (isinstance(value, dict) and not any(value.values())):
-        return "not set"
-    return "empty" if value == [] else f"`{_plain(value)}`"
-
-
-def _plain(value: object) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def main() -> int:

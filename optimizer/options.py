@@ -5,12 +5,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Option", "nested_options", "options_of"]
+__all__ = ["Option", "nested_options", "options_of", "words_of"]
 
 _Schema = Mapping[str, Any]
 
 _TYPES = {"string": "text", "integer": "integer", "number": "number", "boolean": "true or false", "object": "mapping"}
-_BOUNDS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
+_UNBOUNDED = 2**53
+"""Bounds from here on are those of a number format, of no interest to a reader."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +51,14 @@ def nested_options(schema: Mapping[str, Any]) -> Iterator[tuple[str, list[Option
     definitions = schema.get("$defs", {})
     for name, each in definitions.items():
         if "properties" in each:
-            yield _words(name), options_of({**each, "$defs": definitions})
+            yield words_of(name), options_of({**each, "$defs": definitions})
 
 
 def _takes(option: _Schema, definitions: Mapping[str, _Schema]) -> str:
     if "$ref" in option:
         name = option["$ref"].rpartition("/")[2]
         target = definitions.get(name, {})
-        return _takes(target, definitions) if "enum" in target else _words(name)
+        return _takes(target, definitions) if "enum" in target else words_of(name)
     if "const" in option:
         return _written(option["const"])
     if "enum" in option:
@@ -68,18 +69,28 @@ def _takes(option: _Schema, definitions: Mapping[str, _Schema]) -> str:
         return " or ".join(dict.fromkeys(words))
     if option.get("type") == "array":
         return f"list of {_takes(option.get('items', {}), definitions)}"
-    bounds = [f"{sign} {_written(option[key])}" for key, sign in _BOUNDS.items() if key in option]
-    return " ".join([_TYPES.get(option.get("type", ""), "any value"), *bounds])
+    return _TYPES.get(option.get("type", ""), "any value") + _bounds(option)
 
 
-def _words(name: str) -> str:
+def _bounds(option: _Schema) -> str:
+    low, high = option.get("minimum"), option.get("maximum")
+    if high is not None and high >= _UNBOUNDED:
+        high = None
+    if low is not None and high is not None:
+        return f" from {_written(low)} to {_written(high)}"
+    above = option.get("exclusiveMinimum") if low is None else None
+    signs = ((">", above), (">=", low), ("<", option.get("exclusiveMaximum")), ("<=", high))
+    return "".join(f" {sign} {_written(bound)}" for sign, bound in signs if bound is not None)
+
+
+def words_of(name: str) -> str:
     """``QuantSpec`` -> ``quant spec``."""
     return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()
 
 
 def _written(value: Any) -> str:
     """A default or a bound as one would write it."""
-    if value is None:
+    if value is None or (isinstance(value, dict) and value and not any(value.values())):
         return "not set"
     if isinstance(value, bool):
         return str(value).lower()
