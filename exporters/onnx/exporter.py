@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import onnx_ir as ir
-from pydantic import Field, PositiveInt
+from pydantic import Field
 
 from llmopt.exporters.onnx.lowering import lowered_graph
 from llmopt.exporters.onnx.rope import check_rope
@@ -28,8 +28,9 @@ class Onnx(Exporter):
     """Write ``engine/model.onnx`` and its external data."""
 
     target: Literal["cpu"] = Field("cpu", description="What executes the engine: cpu, by ONNX Runtime.")
-    capacity: PositiveInt | None = Field(
+    capacity: int | None = Field(
         None,
+        ge=16,
         description="The longest sequence in tokens; omitted: the model's max_position_embeddings.",
     )
 
