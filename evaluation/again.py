@@ -90,9 +90,7 @@ def _source(manifest: Manifest, question: Question) -> Model:
     try:
         model = load_model(spec, cache=cache_root(), offline=question.offline)
     except InputError as error:
-        raise InputError(
-            f"the build's source model cannot be read: {error.message}", hint=error.hint or hint
-        ) from error
+        raise InputError(f"the build's source model cannot be read: {error.message}", hint=hint) from error
     if model.source.digest != manifest.source.digest:
         now, then = model.source.files, manifest.source.files
         changed = sorted(name for name in {*now, *then} if now.get(name) != then.get(name))

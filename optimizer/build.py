@@ -159,6 +159,7 @@ def _check(recipe: Recipe, model: Model, output: Path) -> None:
     for item in recipe.export:
         item.instance.check(model)
         needed += item.instance.estimate(model)
+        _check_gates(recipe.accept, item.instance.longest(model))
     parent = next(folder for folder in output.absolute().parents if folder.exists())
     free = shutil.disk_usage(parent).free
     # The estimate is of the unquantized model; a recipe that quantizes needs no more than half of it.
@@ -168,6 +169,15 @@ def _check(recipe: Recipe, model: Model, output: Path) -> None:
             f"the build needs about {needed / 1e9:.1f} GB, the disk of {parent} has {free / 1e9:.1f} GB free",
             hint="free some space, or name a directory on another disk with -o",
         )
+
+
+def _check_gates(gates: Sequence[Gate], longest: int | None) -> None:
+    for gate in gates:
+        if longest is not None and gate.tokens > longest:
+            raise InputError(
+                f"the gate on {gate.metric} has windows of {gate.tokens} tokens, the engine takes {longest}",
+                hint="lower the gate's tokens",
+            )
 
 
 def _export(

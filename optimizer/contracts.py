@@ -90,6 +90,10 @@ class Exporter(_Options):
     def targets(self) -> list[Target]:
         """What executes the result; empty for checkpoints."""
 
+    def longest(self, model: "Model") -> int | None:  # noqa: ARG002 - for those that have an engine
+        """Tokens of the longest sequence the engine takes; None where there is no engine."""
+        return None
+
     @abstractmethod
     def estimate(self, model: "Model") -> int:
         """Bytes the files will take, nearly; asked before any work, to find a disk that is too full."""

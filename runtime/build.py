@@ -71,6 +71,8 @@ def open_build(
     engine = _pick_engine(directory, manifest)
     capacity = min(engine.capacity, DEFAULT_CONTEXT) if context is None else context
     tokenizer = Tokenizer(directory)
+    # A checkpoint may name an end token its vocabulary lacks; no row of logits has a place for it.
+    tokenizer.stop_ids = frozenset(token for token in tokenizer.stop_ids if token < engine.vocab_size)
     backend = _open_backend(directory, engine, slots, capacity, threads or default_threads())
     megabytes = pool_bytes(engine, slots, capacity) / 1e6
     logger.info("%d slots of %d tokens: a pool of at most %.0f MB", slots, capacity, megabytes)

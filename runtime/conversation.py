@@ -47,9 +47,12 @@ class Speaker:
         Raises:
             InputError: An empty prompt, or one that leaves no room.
         """
-        return self._answer(self._build.tokenizer.encode(prompt, add_special_tokens=True), sampling, max_tokens)
+        ids = self._build.tokenizer.encode(prompt, add_special_tokens=True)
+        return self._answer(ids, sampling, max_tokens, context=ids)
 
-    def _answer(self, ids: Sequence[int], sampling: Sampling, max_tokens: int) -> Iterator[str]:
+    def _answer(
+        self, ids: Sequence[int], sampling: Sampling, max_tokens: int, *, context: Sequence[int] = ()
+    ) -> Iterator[str]:
         capacity = self._build.backend.capacity
         if not ids:
             raise InputError("the prompt is empty")
@@ -63,11 +66,14 @@ class Speaker:
             stop_ids=self._build.tokenizer.stop_ids,
             sampling=sampling,
         )
-        return self._listen(np.array(ids, np.int64), generation)
+        text = TextStream(self._build.tokenizer, context=context)
+        return self._listen(np.array(ids, np.int64), generation, text)
 
-    def _listen(self, ids: np.ndarray[Any, np.dtype[np.int64]], generation: Generation) -> Iterator[str]:
+    def _listen(
+        self, ids: np.ndarray[Any, np.dtype[np.int64]], generation: Generation, text: TextStream
+    ) -> Iterator[str]:
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        request = Request(ids, generation, text=TextStream(self._build.tokenizer), receive=events.put)
+        request = Request(ids, generation, text=text, receive=events.put)
         self._engine.submit(request)
         try:
             while True:

@@ -146,6 +146,8 @@ class TextStream:
 
     Two things are held back: a character whose last bytes are still to come, and text that may be the beginning of a
     stop string. What was given out is never taken back, and all pieces together are the text of the answer.
+
+    ``context`` is what the text continues: some tokenizers write a word without its space at the start of a text.
     """
 
     def __init__(
@@ -155,15 +157,18 @@ class TextStream:
         stop: Sequence[str] = (),
         skip_special_tokens: bool = True,
         include_stop: bool = False,
+        context: Sequence[int] = (),
     ) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
         self._matcher = StopMatcher(stop, include_stop=include_stop)
-        self._tokens: list[int] = []
+        # A context that ends within a character cannot be cut off again; its last tokens are enough.
+        before = [int(token) for token in context[-2 * _LONGEST_CHARACTER :]]
+        self._tokens = [] if self._decode(before).endswith(_REPLACEMENT) else before
         # Tokens before _begin are finished; those up to _end are given out, and kept because some tokenizers write a
         # token differently at the start of a text.
         self._begin = 0
-        self._end = 0
+        self._end = len(self._tokens)
 
     @property
     def is_stopped(self) -> bool:

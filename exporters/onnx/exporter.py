@@ -30,7 +30,7 @@ class Onnx(Exporter):
     target: Literal["cpu"] = Field("cpu", description="What executes the engine: cpu, by ONNX Runtime.")
     capacity: int | None = Field(
         None,
-        ge=16,
+        ge=4,
         description="The longest sequence in tokens; omitted: the model's max_position_embeddings.",
     )
 
@@ -62,6 +62,10 @@ class Onnx(Exporter):
                 f"capacity {self.capacity} is beyond the model's {longest} positions", hint="lower it or leave it out"
             )
 
+    def longest(self, model: Model) -> int:
+        """See ``Exporter.longest``."""
+        return self.capacity or int(model.config["max_position_embeddings"])
+
     def estimate(self, model: Model) -> int:
         """See ``Exporter.estimate``: weights as stored, floats as float32."""
         weights = model.weights.values()
@@ -74,7 +78,7 @@ class Onnx(Exporter):
             VerificationError: The lowered graph does not compute what the standard graph does.
         """
         target = TARGETS[self.target]
-        capacity = self.capacity or int(model.config["max_position_embeddings"])
+        capacity = self.longest(model)
         differences = verify_lowering(model, target, level=context.verify, seed=context.seed)
         graph, records = lowered_graph(model, target, capacity=capacity, strict=context.strict)
         options = {"level": context.verify}

@@ -14,8 +14,12 @@ __all__ = ["command"]
 @click.command()
 @click.argument("build", type=click.Path(path_type=Path))
 @click.option("--data", type=click.Path(path_type=Path), multiple=True, help="A text file; may be repeated.")
-@click.option("--windows", type=click.IntRange(min=1), help="Windows of each text.  [default: 8; sampled text: 16]")
-@click.option("--tokens", type=click.IntRange(min=2), help="Tokens per window.  [default: 1024; sampled text: 128]")
+@click.option(
+    "--windows", type=click.IntRange(min=1), help="Windows of texts that no gate names.  [default: 8; sampled text: 16]"
+)
+@click.option(
+    "--tokens", type=click.IntRange(min=2), help="Tokens per window of such texts.  [default: 1024; sampled text: 128]"
+)
 @click.option("--source", metavar="SPEC", help="Where the source model is, if not where the build found it.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads.  [default: one per core]")
 @click.option("--offline", is_flag=True, help="Download nothing.")

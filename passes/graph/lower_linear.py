@@ -8,7 +8,7 @@ from onnxscript.rewriter import pattern
 
 from llmopt.optimizer.contracts import GraphPass, PassContext
 from llmopt.passes.graph._nbits import BlockWeight, block_weight, matmul_nbits
-from llmopt.passes.graph._rules import apply_rules, attribute
+from llmopt.passes.graph._rules import apply_rules, attribute, producer
 
 __all__ = ["LowerLinear"]
 
@@ -95,12 +95,23 @@ def _node(value: ir.Value) -> ir.Node:
     return node
 
 
+def _multiplies_floats_of_integers(node: ir.Node) -> bool:
+    """Whether ``node`` is a MatMul with a DequantizeLinear, or with the transpose of one."""
+    if node.op_type != "MatMul":
+        return False
+    weight = node.inputs[1]
+    transpose = producer(weight, "Transpose")
+    return producer(transpose.inputs[0] if transpose else weight, "DequantizeLinear") is not None
+
+
 class LowerLinear(GraphPass):
     """Integer weights multiplied as integers, instead of turned into floats first."""
 
     def run(self, graph: ir.Model, context: PassContext) -> ir.Model:
         """See ``GraphPass.run``."""
         apply_rules(graph, [_PerTokenRule.rule(), _WeightOnlyRule.rule(), _TransposedRule.rule()], context)
+        if left := [str(node.outputs[0].name) for node in graph.graph if _multiplies_floats_of_integers(node)]:
+            context.fallback(f"{len(left)} quantized linears turn their weights into floats in every call: {left[0]}")
         if any(node.op_type == "MatMulNBits" for node in graph.graph):
             context.note("MatMulNBits rounds activations to int8 per block inside the kernel (accuracy_level 4)")
         return graph

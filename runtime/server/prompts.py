@@ -56,9 +56,10 @@ def chat_prompt(body: ChatBody, build: Build) -> list[int]:
     messages = [
         message.model_dump(exclude_unset=True) | {"content": _content(message.content)} for message in body.messages
     ]
-    text = template.render(
-        messages, add_generation_prompt=body.add_generation_prompt, **(body.chat_template_kwargs or {})
-    )
+    variables = body.chat_template_kwargs or {}
+    if taken := {"messages", "add_generation_prompt"} & set(variables):
+        raise ApiError(400, f"{min(taken)} is a field of the request itself", param="chat_template_kwargs")
+    text = template.render(messages, add_generation_prompt=body.add_generation_prompt, **variables)
     ids = build.tokenizer.encode(text, add_special_tokens=body.add_special_tokens)
     if not ids:
         raise ApiError(400, "the chat template makes an empty prompt of these messages", param="messages")
@@ -96,6 +97,8 @@ def make_requests(body: GenerationBody, prompts: Sequence[list[int]], build: Bui
                     stop=body.stop_strings,
                     skip_special_tokens=body.skip_special_tokens,
                     include_stop=body.include_stop_str_in_output,
+                    # An answer begins a text of its own; a completion goes on with the prompt's.
+                    context=ids if isinstance(body, CompletionBody) else (),
                 ),
                 receive=_nobody,
             )
