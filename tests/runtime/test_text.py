@@ -3,6 +3,7 @@ import random
 import shutil
 
 import pytest
+import tokenizers
 
 from llmopt.optimizer.errors import InputError
 from llmopt.runtime.text import StopMatcher, TextStream, Tokenizer
@@ -106,3 +107,20 @@ def test_a_missing_or_damaged_tokenizer_is_named(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(InputError, match="damaged"):
         Tokenizer(tmp_path)
+
+
+@pytest.fixture
+def spaced_tokenizer(tmp_path):
+    """A tokenizer that, like SentencePiece's, drops the space of the word a text begins with."""
+    vocabulary = {"<unk>": 0, "\u2581Hello": 1, "\u2581world": 2}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    made.decoder = tokenizers.decoders.Metaspace()
+    made.save(str(tmp_path / "tokenizer.json"))
+    return Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(("context", "text"), [((), "world"), ((1,), " world")])
+def test_a_completion_keeps_the_space_between_the_prompt_and_its_first_word(spaced_tokenizer, context, text):
+    stream = TextStream(spaced_tokenizer, context=context)
+    assert stream.push(2) + stream.finish() == text
