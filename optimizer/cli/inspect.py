@@ -61,7 +61,7 @@ def _print_layers(manifest: "Manifest", console: "Console", *, every_layer: bool
 
     table = Table(title="linear layers", title_justify="left")
     table.add_column("layer", no_wrap=True)
-    for name in ("count", "shape", "scheme", "MB", "error"):
+    for name in ("n", "shape", "scheme", "MB", "error"):
         table.add_column(name, justify="left" if name in ("shape", "scheme") else "right")
     for row in _rows(manifest, every_layer=every_layer):
         error = "" if row.error is None else f"{row.error:.4f}"
