@@ -35,23 +35,6 @@ def test_an_unknown_part_is_an_error(generate: ModuleType) -> None:
         generate.rendered("<!-- begin: sheemes -->\n<!-- end -->")
 
 
-@pytest.mark.parametrize(
-    ("schema", "words"),
-    [
-        ({"type": "integer", "exclusiveMinimum": 0}, "integer > 0"),
-        ({"type": "integer", "exclusiveMinimum": 0, "minimum": 2}, "integer >= 2"),
-        ({"type": "number", "minimum": 0, "maximum": 1.0}, "number from 0 to 1"),
-        ({"type": "integer", "minimum": 0, "maximum": 2**63 - 1}, "integer >= 0"),
-        ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "text"),
-        ({"enum": ["a", "b"]}, "`a`, `b`"),
-        ({"type": "array", "items": {"$ref": "#/$defs/QuantSpec"}}, "list of quant spec"),
-        ({}, "any value"),
-    ],
-)
-def test_types_are_put_in_words(generate: ModuleType, schema: dict, words: str) -> None:
-    assert generate.type_words(schema, {}) == words
-
-
 def test_a_pipe_does_not_break_a_table(generate: ModuleType) -> None:
     assert generate.table(("a",), [("x|y\nz",)]).splitlines()[-1] == r"| x\|y z |"
 
