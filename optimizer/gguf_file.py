@@ -146,7 +146,9 @@ def _names(arch: Arch, num_layers: int, shapes: Mapping[str, tuple[int, ...]]) -
 
 def _interleaved_heads(arch: Arch, config: Mapping[str, Any]) -> dict[str, int]:
     """The query and key linears, below a layer, with their numbers of heads."""
-    query, key = arch.attention[:2]
+    query, key = arch.attention.query, arch.attention.key
+    assert query is not None
+    assert key is not None
     return {query: int(config["num_attention_heads"]), key: int(config["num_key_value_heads"])}
 
 

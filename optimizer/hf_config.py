@@ -58,16 +58,23 @@ def complete(config: Mapping[str, Any], arch: Arch, where: object) -> dict[str, 
 
     given = {name: value for name, value in config.items() if name not in _INCIDENTAL | {"model_type"}}
     try:
-        full = json.loads(AutoConfig.for_model(arch.name, **given).to_json_string(use_diff=True))
+        made = AutoConfig.for_model(_model_type(config, arch), **given)
+        full = json.loads(made.to_json_string(use_diff=True))
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise InputError(f"{where}: config.json cannot be used: {reason}", hint="correct config.json") from error
     full = {name: value for name, value in full.items() if name not in _INCIDENTAL}
-    full["architectures"] = list(config.get("architectures") or arch.hf_names[:1])
-    heads, kv_heads = full["num_attention_heads"], full["num_key_value_heads"]
-    if kv_heads < 1 or heads % kv_heads:
-        raise InputError(f"{where}: config.json has {heads} attention heads, not a multiple of {kv_heads} KV heads")
+    # GPT-2 has n_layer where others have num_hidden_layers: the standard spelling is there beside its own.
+    full |= {name: full[own] for name, own in made.attribute_map.items() if own in full and name not in full}
+    model_types = {model_type: name for name, model_type in arch.models.items()}
+    full["architectures"] = list(config.get("architectures") or [model_types[made.model_type]])
     return full
+
+
+def _model_type(config: Mapping[str, Any], arch: Arch) -> str:
+    """The model_type of a config; the architecture decides, as it does for what is computed."""
+    architectures = config.get("architectures") or [""]
+    return arch.models.get(str(architectures[0])) or str(config["model_type"])
 
 
 def parameter_shapes(config: Mapping[str, Any], where: object) -> dict[str, tuple[int, ...]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from llmopt.optimizer.arch.base import Arch
+from llmopt.optimizer.decoder import Decoder, describe
 from llmopt.optimizer.scheme import Scheme
 
 __all__ = ["DenseWeight", "Model", "QuantWeight", "Source", "Weight"]
@@ -102,7 +104,7 @@ class Source:
     tokenizer_dir: Path
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Model:
     """A checkpoint under its own Hugging Face parameter names.
 
@@ -123,10 +125,15 @@ class Model:
         """This model with some weights replaced or added; the rest is shared."""
         return replace(self, weights=MappingProxyType({**self.weights, **changed}))
 
+    @cached_property
+    def decoder(self) -> Decoder:
+        """What it computes: names and numbers."""
+        return describe(self.arch, self.config, self.weights.keys())
+
     @property
     def num_layers(self) -> int:
         """Decoder layers."""
-        return int(self.config["num_hidden_layers"])
+        return len(self.decoder.layers)
 
     @property
     def is_tied(self) -> bool:
@@ -141,4 +148,4 @@ class Model:
 
     def linears(self) -> list[str]:
         """Module names of every linear layer in data order, the head last."""
-        return [*self.arch.layer_linears(self.num_layers), self.arch.head]
+        return list(self.decoder.linears)

@@ -117,7 +117,7 @@ def _load_gguf(path: Path, cache: Path) -> _Loaded:
     arch = families.find_gguf(gguf_file.architecture(header, path))
     sha256 = file_digests({path.name: path}, cache)[path.name]
     converted = tokenizer_files.convert_gguf(path, header.metadata, sha256, cache)
-    raw = {**read_json(converted / "config.json"), "architectures": [arch.hf_names[0]]}
+    raw = {**read_json(converted / "config.json"), "architectures": [next(iter(arch.models))]}
     config = complete(raw, arch, path)
     config["rope_parameters"] = gguf_file.rope_parameters(path, header, config)
     shapes = parameter_shapes(config, path)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir import tape
 
@@ -45,8 +46,9 @@ class GraphBuilder:
             value.name = name
         return list(values)
 
-    def constant(self, array: np.ndarray, name: str) -> ir.Value:
+    def constant(self, value: npt.ArrayLike, name: str) -> ir.Value:
         """An initializer; equal arrays of one type are made once, under the first one's name."""
+        array = np.asarray(value)
         key = (f"{array.dtype}{array.shape}", array.tobytes())
         if key not in self._constants:
             self._constants[key] = self._tape.initializer(ir.tensor(array, name=name), name=name)

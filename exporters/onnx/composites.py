@@ -8,8 +8,18 @@ import numpy as np
 import onnx_ir as ir
 
 from llmopt.exporters.onnx.builder import GraphBuilder
+from llmopt.optimizer.decoder import Activation
 
-__all__ = ["DOMAIN", "OPSET", "quantize_dequantize_per_token", "select_rows", "slot_attention"]
+__all__ = [
+    "DOMAIN",
+    "OPSET",
+    "activated",
+    "experts",
+    "quantize_dequantize_per_token",
+    "select_rows",
+    "sliding_window_mask",
+    "slot_attention",
+]
 
 DOMAIN = "llmopt"
 OPSET = 24
@@ -60,43 +70,115 @@ def select_rows() -> ir.Function:
     return _function("SelectRows", [x, rows], [y], builder, [])
 
 
-def slot_attention(*, num_heads: int, kv_heads: int, head_dim: int) -> ir.Function:
-    """Rotary causal attention of new tokens over a slot's cache, which it appends to in place.
+def sliding_window_mask() -> ir.Function:
+    """``SlidingWindowMask(positions, past_key; window) -> mask``: which cached tokens lie within a token's window.
 
-    ``SlotAttention(query, key, value, past_key, past_value, past_lengths, cos, sin)``:
-
-    - query ``[batch, tokens, heads*head_dim]``, key and value ``[batch, tokens, kv_heads*head_dim]``, before rope;
-    - past_key, past_value ``[batch, kv_heads, capacity, head_dim]``; past_lengths int64 ``[batch]``;
-    - cos, sin ``[positions, head_dim/2]``.
-
-    Outputs the attention's result ``[batch, tokens, heads*head_dim]``, then the caches with the new tokens written
-    at ``past_lengths``. Token t of a row sees that row's cache up to ``past_lengths + t``.
+    positions int64 ``[batch, tokens]``, past_key ``[batch, kv_heads, capacity, head_dim]`` for its capacity; mask bool
+    ``[batch, 1, tokens, capacity]``: True where the cached token is one of the last ``window`` up to the token itself.
+    Later tokens are left to the attention, which is causal.
     """
     builder = GraphBuilder()
-    names = ("query", "key", "value", "past_key", "past_value", "past_lengths", "cos", "sin")
-    inputs = _values(*names)
-    query, key, value, past_key, past_value, past_lengths, cos, sin = inputs
-    tokens = builder.op("Shape", query, start=1, end=2)
+    positions, past_key = _values("positions", "past_key")
     zero, one = (builder.op("Constant", value_int=number) for number in (0, 1))
-    steps = builder.op("Range", zero, builder.op("Squeeze", tokens), one)
-    positions = builder.op("Add", builder.op("Unsqueeze", past_lengths, _ints(builder, 1)), steps)
+    capacity = builder.op("Squeeze", builder.op("Shape", past_key, start=2, end=3))
+    cached = builder.op("Range", zero, capacity, one)
+    distance = builder.op("Sub", builder.op("Unsqueeze", positions, _ints(builder, 1, 3)), cached)
+    mask = builder.op("Less", distance, _attribute(builder, "window"), name="mask")
+    return _function("SlidingWindowMask", [positions, past_key], [mask], builder, ["window"])
 
-    def split_heads(x: ir.Value, heads: int) -> ir.Value:
-        split = builder.op("Reshape", x, _ints(builder, 0, 0, heads, head_dim))
+
+def slot_attention() -> ir.Function:
+    """Causal attention of new tokens over a slot's cache, which it appends to in place.
+
+    ``SlotAttention(query, key, value, past_key, past_value, past_lengths[, mask]; num_heads, kv_num_heads, scale,
+    softcap)``:
+
+    - query ``[batch, tokens, heads*head_dim]``, key and value ``[batch, tokens, kv_heads*head_dim]``, behind rope;
+    - past_key, past_value ``[batch, kv_heads, capacity, head_dim]``; past_lengths int64 ``[batch]``;
+    - mask bool ``[batch, 1, tokens, capacity]``, True where a cached token may be seen; without it all may.
+
+    Outputs the attention's result ``[batch, tokens, heads*head_dim]``, then the caches with the new tokens written
+    at ``past_lengths``. Token t of a row sees that row's cache up to ``past_lengths + t``. Scores s, scaled, become
+    ``softcap * tanh(s / softcap)`` unless softcap is 0.
+    """
+    builder = GraphBuilder()
+    names = ("query", "key", "value", "past_key", "past_value", "past_lengths", "mask")
+    inputs = _values(*names)
+    query, key, value, past_key, past_value, past_lengths, mask = inputs
+
+    def split_heads(x: ir.Value, count: str) -> ir.Value:
+        shape = builder.op("Concat", _ints(builder, 0, 0), _attribute(builder, count, 0), _ints(builder, -1), axis=0)
+        split = builder.op("Reshape", x, shape)
         return builder.op("Transpose", split, perm=[0, 2, 1, 3])
 
-    rotated_query = builder.op("RotaryEmbedding", split_heads(query, num_heads), cos, sin, positions)
-    rotated_key = builder.op("RotaryEmbedding", split_heads(key, kv_heads), cos, sin, positions)
-    present_key = builder.op("TensorScatter", past_key, rotated_key, past_lengths, axis=2, name="present_key")
-    present_value = builder.op(
-        "TensorScatter", past_value, split_heads(value, kv_heads), past_lengths, axis=2, name="present_value"
+    present_key = builder.op(
+        "TensorScatter", past_key, split_heads(key, "kv_num_heads"), past_lengths, axis=2, name="present_key"
     )
-    lengths = builder.op("Add", past_lengths, tokens)
+    present_value = builder.op(
+        "TensorScatter", past_value, split_heads(value, "kv_num_heads"), past_lengths, axis=2, name="present_value"
+    )
+    lengths = builder.op("Add", past_lengths, builder.op("Shape", query, start=1, end=2))
     attended = builder.op(
-        "Attention", rotated_query, present_key, present_value, None, None, None, lengths,
-        is_causal=1, scale=ir.RefAttr("scale", "scale", ir.AttributeType.FLOAT),
+        "Attention", split_heads(query, "num_heads"), present_key, present_value, mask, None, None, lengths,
+        is_causal=1,
+        scale=ir.RefAttr("scale", "scale", ir.AttributeType.FLOAT),
+        softcap=ir.RefAttr("softcap", "softcap", ir.AttributeType.FLOAT),
     )  # fmt: skip
     merged = builder.op("Transpose", attended, perm=[0, 2, 1, 3])
-    output = builder.op("Reshape", merged, _ints(builder, 0, 0, num_heads * head_dim), name="output")
+    output = builder.op("Reshape", merged, _ints(builder, 0, 0, -1), name="output")
     outputs = [output, present_key, present_value]
-    return _function("SlotAttention", inputs, outputs, builder, ["num_heads", "kv_num_heads", "scale"])
+    return _function("SlotAttention", inputs, outputs, builder, ["num_heads", "kv_num_heads", "scale", "softcap"])
+
+
+def activated(builder: GraphBuilder, activation: Activation, x: ir.Value, *, name: str | None = None) -> ir.Value:
+    """``activation(x)`` in standard operators: one of them, or two for silu, which has none."""
+    if activation == "silu":
+        return builder.op("Mul", x, builder.op("Sigmoid", x), name=name)
+    if activation == "relu":
+        return builder.op("Relu", x, name=name)
+    return builder.op("Gelu", x, approximate="tanh" if activation == "gelu_tanh" else "none", name=name)
+
+
+def experts(activation: Activation) -> ir.Function:
+    """``Experts(x, scores, gate_up, down; top_k, normalize) -> y``: a mixture of gated experts.
+
+    - x ``[batch, tokens, hidden]``; scores ``[batch, tokens, experts]``, the router's logits;
+    - gate_up ``[experts, hidden, 2*inner]``, gate's columns, then up's; down ``[experts, inner, hidden]``.
+
+    With p = softmax(scores), y is the sum over the ``top_k`` experts with the largest p of p times
+    ``down(activation(gate(x)) * up(x))``; with normalize the p of these experts are divided by their sum. This body
+    computes all experts for all tokens and multiplies with zero those that a token does not reach.
+    """
+    builder = GraphBuilder()
+    inputs = _values("x", "scores", "gate_up", "down")
+    x, scores, gate_up, down = inputs
+    best, indices = builder.op_multi(
+        "TopK", builder.op("Softmax", _flat(builder, scores), axis=-1), _attribute(builder, "top_k", 0),
+        axis=-1, names=("best", "indices"),
+    )  # fmt: skip
+    total = builder.op("ReduceSum", best, _ints(builder, -1), keepdims=1)
+    is_normalized = builder.op("Cast", _attribute(builder, "normalize"), to=ir.DataType.BOOL.value)
+    one, zero = (builder.op("Constant", value=ir.tensor(np.float32(number))) for number in (1, 0))
+    best = builder.op("Div", best, builder.op("Where", is_normalized, total, one))
+    nothing = builder.op("Expand", zero, builder.op("Shape", _flat(builder, scores)))
+    shares = builder.op("ScatterElements", nothing, indices, best, axis=-1)
+    # [experts, tokens of all rows, columns] from here on
+    gate, up = builder.op_multi(
+        "Split", builder.op("MatMul", _flat(builder, x), gate_up), axis=-1, num_outputs=2, names=("gate", "up")
+    )
+    each = builder.op("MatMul", builder.op("Mul", activated(builder, activation, gate), up), down)
+    shares = builder.op("Unsqueeze", builder.op("Transpose", shares, perm=[1, 0]), _ints(builder, 2))
+    mixed = builder.op("ReduceSum", builder.op("Mul", each, shares), _ints(builder, 0), keepdims=0)
+    y = builder.op("Reshape", mixed, builder.op("Shape", x), name="y")
+    return _function("Experts", inputs, [y], builder, ["top_k", "normalize"])
+
+
+def _flat(builder: GraphBuilder, x: ir.Value) -> ir.Value:
+    """``[..., columns]`` as ``[rows, columns]``."""
+    return builder.op("Flatten", x, axis=-1)
+
+
+def _attribute(builder: GraphBuilder, name: str, axis: int | None = None) -> ir.Value:
+    """An integer attribute of the function's node as a scalar, or with ``axis`` as a vector of one."""
+    number = builder.op("Constant", value_int=ir.RefAttr("value_int", name, ir.AttributeType.INT))
+    return number if axis is None else builder.op("Unsqueeze", number, _ints(builder, axis))

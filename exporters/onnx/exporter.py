@@ -9,9 +9,10 @@ import onnx_ir as ir
 from pydantic import Field
 
 from llmopt.exporters.onnx.lowering import lowered_graph
-from llmopt.exporters.onnx.rope import check_rope
+from llmopt.exporters.onnx.rope import check_rope, longest_with, rope_note
 from llmopt.exporters.onnx.verify import verify_lowering
 from llmopt.optimizer.contracts import Exporter, PassContext
+from llmopt.optimizer.decoder import Decoder, Rope
 from llmopt.optimizer.errors import MissingExtraError, UnsupportedError
 from llmopt.optimizer.manifest import Engine, PassRecord, TensorInfo
 from llmopt.optimizer.model import DenseWeight, Model
@@ -21,7 +22,6 @@ __all__ = ["Onnx"]
 
 _DTYPES = {ir.DataType.FLOAT: "float32", ir.DataType.INT64: "int64"}
 _MAX_CHUNK = 512
-_HEAD_MULTIPLE = 16
 
 
 class Onnx(Exporter):
@@ -47,16 +47,10 @@ class Onnx(Exporter):
         """
         if importlib.util.find_spec("onnxruntime") is None:
             raise MissingExtraError("onnxruntime", "cpu")
-        check_rope(model.config)
-        activation = model.config.get("hidden_act", "silu")
-        if activation != "silu":
-            raise UnsupportedError(f"the MLP's activation {activation!r} is not supported", hint="supported: silu")
-        if model.config["head_dim"] % _HEAD_MULTIPLE:
-            raise UnsupportedError(
-                f"attention heads of {model.config['head_dim']} columns are not supported",
-                hint=f"the attention kernel takes multiples of {_HEAD_MULTIPLE}",
-            )
-        longest = int(model.config["max_position_embeddings"])
+        decoder = model.decoder
+        for rope in _ropes(decoder):
+            check_rope(rope)
+        longest = self._longest(decoder)
         if self.capacity is not None and self.capacity > longest:
             raise UnsupportedError(
                 f"capacity {self.capacity} is beyond the model's {longest} positions", hint="lower it or leave it out"
@@ -64,7 +58,7 @@ class Onnx(Exporter):
 
     def longest(self, model: Model) -> int:
         """See ``Exporter.longest``."""
-        return self.capacity or int(model.config["max_position_embeddings"])
+        return self.capacity or model.decoder.max_positions
 
     def estimate(self, model: Model) -> int:
         """See ``Exporter.estimate``: weights as stored, floats as float32."""
@@ -79,6 +73,9 @@ class Onnx(Exporter):
         """
         target = TARGETS[self.target]
         capacity = self.longest(model)
+        for rope in _ropes(model.decoder):
+            if note := rope_note(rope, capacity):
+                context.note(note)
         differences = verify_lowering(model, target, level=context.verify, seed=context.seed)
         graph, records = lowered_graph(model, target, capacity=capacity, strict=context.strict)
         options = {"level": context.verify}
@@ -88,23 +85,36 @@ class Onnx(Exporter):
         ir.save(graph, folder / "model.onnx", external_data="model.onnx.data", callback=_progress(context))
         return self._describe(model, graph, capacity), records
 
+    def _longest(self, decoder: Decoder) -> int:
+        """The longest sequence in tokens that the model's positions allow."""
+        return min((longest_with(rope) for rope in _ropes(decoder)), default=decoder.max_positions)
+
     def _describe(self, model: Model, graph: ir.Model, capacity: int) -> Engine:
-        config = model.config
+        decoder = model.decoder
         return Engine(
             exporter="onnx",
             target=self.target,
             path="engine/model.onnx",
             inputs=[_info(value) for value in graph.graph.inputs],
             outputs=[_info(value) for value in graph.graph.outputs],
-            num_layers=model.num_layers,
-            kv_heads=config["num_key_value_heads"],
-            head_dim=config["head_dim"],
+            num_layers=len(decoder.layers),
+            kv_heads=decoder.kv_heads,
+            head_dim=decoder.head_dim,
             kv_dtype="float32",
-            vocab_size=config["vocab_size"],
+            vocab_size=decoder.vocab_size,
             capacity=capacity,
             max_chunk=min(_MAX_CHUNK, capacity),
             min_chunk=2,
         )
+
+
+def _ropes(decoder: Decoder) -> list[Rope]:
+    """The different ropes of a model's layers."""
+    ropes: list[Rope] = []
+    for layer in decoder.layers:
+        if layer.attention.rope is not None and layer.attention.rope not in ropes:
+            ropes.append(layer.attention.rope)
+    return ropes
 
 
 def _progress(context: PassContext) -> Callable[[ir.TensorProtocol, ir.external_data.CallbackInfo], None]:

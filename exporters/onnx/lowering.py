@@ -6,6 +6,7 @@ from onnx_ir.passes import common
 from llmopt.exporters.onnx.standard import standard_graph
 from llmopt.optimizer import loader
 from llmopt.optimizer.contracts import PassContext
+from llmopt.optimizer.decoder import Decoder
 from llmopt.optimizer.manifest import PassRecord
 from llmopt.optimizer.model import Model
 from llmopt.optimizer.records import Recorder
@@ -25,7 +26,7 @@ _TIDY = (
 
 
 def lowered_graph(
-    model: Model, target: Target, *, capacity: int, strict: bool = False
+    model: Model, target: Target, *, capacity: int, strict: bool = False, decoder: Decoder | None = None
 ) -> tuple[ir.Model, list[PassRecord]]:
     """The graph ``target`` executes, with a record per graph pass.
 
@@ -34,8 +35,9 @@ def lowered_graph(
         target: Whose graph passes run.
         capacity: Positions the rope tables cover.
         strict: Whether a fallback is an error.
+        decoder: What to compute with these weights; by default what the model's own config says.
     """
-    graph = standard_graph(model, capacity=capacity)
+    graph = standard_graph(model, capacity=capacity, decoder=decoder)
     common.ShapeInferencePass()(graph)
     records = []
     for name in target.graph_passes:

@@ -1,20 +1,14 @@
 """The standard graph: a model as ai.onnx operators, Q/DQ and composites, before any target's lowering."""
 
-from collections.abc import Mapping
-from typing import Any
-
+import numpy as np
 import onnx_ir as ir
 
+from llmopt.exporters.onnx import composites
 from llmopt.exporters.onnx.builder import GraphBuilder
-from llmopt.exporters.onnx.composites import (
-    DOMAIN,
-    OPSET,
-    quantize_dequantize_per_token,
-    select_rows,
-    slot_attention,
-)
+from llmopt.exporters.onnx.composites import DOMAIN, OPSET
 from llmopt.exporters.onnx.rope import rope_tables
-from llmopt.exporters.onnx.weights import linear_weight, table, vector
+from llmopt.exporters.onnx.weights import expert_weights, linear_weight, packed_order, reordered, table, vector
+from llmopt.optimizer.decoder import Activation, Attention, Decoder, Experts, Layer, Mlp, Norm, Rope
 from llmopt.optimizer.model import Model, QuantWeight
 
 __all__ = ["IR_VERSION", "standard_graph"]
@@ -22,51 +16,46 @@ __all__ = ["IR_VERSION", "standard_graph"]
 IR_VERSION = 11
 
 
-def standard_graph(model: Model, *, capacity: int) -> ir.Model:
-    """The engine contract's graph (docs/architecture.md) of a Llama-shaped model.
+def standard_graph(model: Model, *, capacity: int, decoder: Decoder | None = None) -> ir.Model:
+    """The engine contract's graph (docs/architecture.md) of a decoder-only model.
 
     Args:
         model: Its weights are read only when the graph is saved.
         capacity: Positions the rope tables cover.
+        decoder: What to compute with these weights; by default what the model's own config says.
     """
-    return _Decoder(model, capacity).build()
+    return _Graph(model, decoder or model.decoder, capacity).build()
 
 
 def _input(name: str, dtype: ir.DataType, *dims: int | str) -> ir.Value:
     return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(dims))
 
 
-class _Decoder:
+class _Graph:
     """Builds the graph of one decoder-only model; a method per part."""
 
-    def __init__(self, model: Model, capacity: int) -> None:
+    def __init__(self, model: Model, decoder: Decoder, capacity: int) -> None:
         self.model = model
-        self.config: Mapping[str, Any] = model.config
+        self.decoder = decoder
         self.capacity = capacity
         self.builder = GraphBuilder()
-        self.rounded: dict[str, ir.Value] = {}
+        self.functions: dict[str, ir.Function] = {}
+        self.made: dict[str, ir.Value] = {}
+        self.tables: list[tuple[Rope, ir.Value, ir.Value]] = []
         self.ids = _input("input_ids", ir.DataType.INT64, "batch", "tokens")
         self.lengths = _input("past_lengths", ir.DataType.INT64, "batch")
         self.rows = _input("logit_rows", ir.DataType.INT64, "rows")
-        self.past = [self._cache("past", i) for i in range(model.num_layers)]
+        self.past = [self._cache("past", i) for i in range(len(decoder.layers))]
 
     def build(self) -> ir.Model:
-        config, builder, arch = self.config, self.builder, self.model.arch
-        cos, sin = (
-            builder.constant(array, name)
-            for array, name in zip(rope_tables(config, self.capacity), ("rope.cos", "rope.sin"), strict=True)
-        )
-        embedding = f"{arch.embedding}.weight"
-        self.table = table(builder, embedding, self.model.weights[embedding])
-        hidden = builder.op("Gather", self.table, self.ids, axis=0, name=f"{arch.embedding}.output")
+        builder = self.builder
+        hidden = self._embed()
         presents: list[ir.Value] = []
-        for i in range(self.model.num_layers):
-            hidden, *present = self._layer(i, hidden, cos, sin)
+        for i, layer in enumerate(self.decoder.layers):
+            hidden, *present = self._layer(i, layer, hidden)
             presents += present
-        hidden = self._norm(arch.final_norm, hidden)
-        logits = self._head(hidden)
-        logits = builder.op("SelectRows", logits, self.rows, name="logits", domain=DOMAIN)
-        logits.type, logits.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(("rows", config["vocab_size"]))
+        logits = self._composite(composites.select_rows(), self._head(hidden), self.rows, name="logits")
+        logits.type, logits.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(("rows", self.decoder.vocab_size))
         inputs = [self.ids, self.lengths, self.rows, *(cache for pair in self.past for cache in pair)]
         graph = ir.Graph(
             inputs,
@@ -74,72 +63,212 @@ class _Decoder:
             nodes=builder.nodes,
             initializers=builder.initializers,
             opset_imports={"": OPSET, DOMAIN: 1},
-            name=arch.name,
+            name=self.decoder.name,
         )
-        return ir.Model(graph, ir_version=IR_VERSION, producer_name="llmopt", functions=self._functions())
+        functions = list(self.functions.values())
+        return ir.Model(graph, ir_version=IR_VERSION, producer_name="llmopt", functions=functions)
 
-    def _functions(self) -> list[ir.Function]:
-        config = self.config
-        attention = slot_attention(
-            num_heads=config["num_attention_heads"],
-            kv_heads=config["num_key_value_heads"],
-            head_dim=config["head_dim"],
-        )
-        return [attention, select_rows(), *([quantize_dequantize_per_token()] if self.rounded else [])]
-
-    def _cache(self, when: str, layer: int) -> tuple[ir.Value, ir.Value]:
-        dims = ("batch", self.config["num_key_value_heads"], "capacity", self.config["head_dim"])
-        key, value = (_input(f"{when}.{layer}.{kind}", ir.DataType.FLOAT, *dims) for kind in ("key", "value"))
+    def _cache(self, when: str, i: int) -> tuple[ir.Value, ir.Value]:
+        dims = ("batch", self.decoder.kv_heads, "capacity", self.decoder.head_dim)
+        key, value = (_input(f"{when}.{i}.{kind}", ir.DataType.FLOAT, *dims) for kind in ("key", "value"))
         return key, value
 
-    def _layer(self, i: int, hidden: ir.Value, cos: ir.Value, sin: ir.Value) -> list[ir.Value]:
-        """Hidden states after layer ``i``, and its present key and value."""
-        arch, builder = self.model.arch, self.builder
-        prefix = arch.layer.format(i=i)
-        normed = self._norm(f"{prefix}.{arch.norms[0]}", hidden)
-        query, key, value = (self._linear(f"{prefix}.{name}", normed) for name in arch.attention[:3])
-        attended, *present = builder.op_multi(
-            "SlotAttention", query, key, value, *self.past[i], self.lengths, cos, sin,
-            names=(f"{prefix}.attention.output", f"present.{i}.key", f"present.{i}.value"),
+    def _embed(self) -> ir.Value:
+        builder, decoder = self.builder, self.decoder
+        name = f"{decoder.embedding}.weight"
+        self.table = table(builder, name, self.model.weights[name])
+        hidden = builder.op("Gather", self.table, self.ids, axis=0, name=f"{decoder.embedding}.output")
+        hidden = self._times(hidden, decoder.embedding_scale, f"{decoder.embedding}.scaled")
+        if decoder.project_in is not None:
+            hidden = self._linear(decoder.project_in, hidden)
+        if decoder.positions is None:
+            return hidden
+        learned = f"{decoder.positions}.weight"
+        position = self._positions()
+        if decoder.positions_offset:
+            position = builder.op("Add", position, builder.constant(np.int64(decoder.positions_offset), "first_row"))
+        rows = table(builder, learned, self.model.weights[learned])
+        embedded = builder.op("Gather", rows, position, axis=0, name=f"{decoder.positions}.output")
+        return builder.op("Add", hidden, embedded, name=f"{decoder.positions}.added")
+
+    def _positions(self) -> ir.Value:
+        """Each token's position in its sequence, int64 ``[batch, tokens]``."""
+        if "positions" not in self.made:
+            builder = self.builder
+            zero, one = (builder.constant(np.int64(number), f"int.{number}") for number in (0, 1))
+            tokens = builder.op("Squeeze", builder.op("Shape", self.ids, start=1, end=2))
+            first = builder.op("Unsqueeze", self.lengths, builder.constant(np.array([1]), "axis.1"))
+            self.made["positions"] = builder.op("Add", first, builder.op("Range", zero, tokens, one), name="positions")
+        return self.made["positions"]
+
+    def _layer(self, i: int, layer: Layer, hidden: ir.Value) -> list[ir.Value]:
+        """Hidden states after the ``i``-th layer, and its present key and value."""
+        name = layer.name
+        attended, *present = self._attention(i, layer, self._norm(layer.attention_in, hidden))
+        attended = self._norm(layer.attention_out, attended)
+        attended = self._times(attended, layer.residual_scale, f"{name}.attention.scaled")
+        behind = self.builder.op("Add", hidden, attended, name=f"{name}.attention.residual")
+        behind = self._norm(layer.attention_after, behind)
+        branch = self._norm(layer.mlp_in, hidden if layer.parallel else behind)
+        if isinstance(layer.mlp, Experts):
+            branch = self._experts(name, layer.mlp, branch)
+        else:
+            branch = self._mlp(name, layer.mlp, branch)
+        branch = self._times(self._norm(layer.mlp_out, branch), layer.residual_scale, f"{name}.mlp.scaled")
+        hidden = self.builder.op("Add", behind, branch, name=f"{name}.mlp.residual")
+        return [self._norm(layer.mlp_after, hidden), *present]
+
+    def _attention(self, i: int, layer: Layer, x: ir.Value) -> list[ir.Value]:
+        """The output linear's result, and the present key and value."""
+        attention = layer.attention
+        query, key, value = self._projections(layer.name, attention, x)
+        query = self._norm_heads(attention, attention.query_norm, attention.heads, query)
+        key = self._norm_heads(attention, attention.key_norm, attention.kv_heads, key)
+        query = self._rotated(attention, attention.heads, query, f"{layer.name}.attention.query")
+        key = self._rotated(attention, attention.kv_heads, key, f"{layer.name}.attention.key")
+        mask = None if attention.window is None else self._mask(attention.window, self.past[i][0])
+        self.functions.setdefault("SlotAttention", composites.slot_attention())
+        attended, *present = self.builder.op_multi(
+            "SlotAttention", query, key, value, *self.past[i], self.lengths, mask,
+            names=(f"{layer.name}.attention.output", f"present.{i}.key", f"present.{i}.value"),
             domain=DOMAIN,
-            num_heads=self.config["num_attention_heads"],
-            kv_num_heads=self.config["num_key_value_heads"],
-            scale=float(self.config["head_dim"]) ** -0.5,
+            num_heads=attention.heads,
+            kv_num_heads=attention.kv_heads,
+            scale=attention.scale,
+            softcap=attention.softcap or 0.0,
         )  # fmt: skip
         for value_out, like in zip(present, self._cache("present", i), strict=True):
             value_out.type, value_out.shape = like.type, like.shape
-        attended = self._linear(f"{prefix}.{arch.attention[3]}", attended)
-        hidden = builder.op("Add", hidden, attended, name=f"{prefix}.attention.residual")
-        normed = self._norm(f"{prefix}.{arch.norms[1]}", hidden)
-        gate, up = (self._linear(f"{prefix}.{name}", normed) for name in arch.mlp[:2])
-        silu = builder.op("Mul", gate, builder.op("Sigmoid", gate), name=f"{prefix}.mlp.silu")
-        down = self._linear(f"{prefix}.{arch.mlp[2]}", builder.op("Mul", silu, up, name=f"{prefix}.mlp.product"))
-        return [builder.op("Add", hidden, down, name=f"{prefix}.mlp.residual"), *present]
+        return [self._linear(attention.output, attended), *present]
 
-    def _norm(self, module: str, x: ir.Value) -> ir.Value:
-        weight = vector(self.builder, f"{module}.weight", self.model.weights[f"{module}.weight"])
-        epsilon = float(self.config["rms_norm_eps"])
-        return self.builder.op("RMSNormalization", x, weight, axis=-1, epsilon=epsilon, name=f"{module}.output")
+    def _projections(self, layer: str, attention: Attention, x: ir.Value) -> list[ir.Value]:
+        """Query ``[batch, tokens, heads*head_dim]``, key and value ``[batch, tokens, kv_heads*head_dim]``."""
+        if attention.packed is None:
+            return [self._linear(name, x) for name in attention.inputs]
+        order = packed_order(attention) if attention.packing == "groups" else None
+        packed = self._linear(attention.packed, x, order=order)
+        widths = [heads * attention.head_dim for heads in (attention.heads, attention.kv_heads, attention.kv_heads)]
+        names = [f"{layer}.attention.packed.{part}" for part in ("query", "key", "value")]
+        sizes = self.builder.constant(np.array(widths), "attention.widths")
+        return self.builder.op_multi("Split", packed, sizes, axis=-1, names=names)
 
-    def _linear(self, module: str, x: ir.Value) -> ir.Value:
+    def _norm_heads(self, attention: Attention, norm: Norm | None, heads: int, x: ir.Value) -> ir.Value:
+        """The norm of query or key: of all heads of a token together, or of each head."""
+        if norm is None or attention.norm_span == "all":
+            return self._norm(norm, x)
+        builder = self.builder
+        split = builder.constant(np.array([0, 0, heads, attention.head_dim]), f"split.{heads}")
+        normed = self._norm(norm, builder.op("Reshape", x, split))
+        return builder.op("Reshape", normed, builder.constant(np.array([0, 0, -1]), "merge"))
+
+    def _rotated(self, attention: Attention, heads: int, x: ir.Value, name: str) -> ir.Value:
+        rope = attention.rope
+        if rope is None:
+            return x
+        cos, sin = self._rope_tables(rope)
+        dim = 0 if rope.dim == attention.head_dim else rope.dim
+        return self.builder.op(
+            "RotaryEmbedding", x, cos, sin, self._positions(), num_heads=heads, rotary_embedding_dim=dim, name=name
+        )
+
+    def _rope_tables(self, rope: Rope) -> tuple[ir.Value, ir.Value]:
+        """Cosines and sines ``[capacity, dim/2]``, once for all layers with this rope."""
+        for known, cos, sin in self.tables:
+            if known == rope:
+                return cos, sin
+        arrays = rope_tables(rope, self.capacity)
+        prefix = f"rope.{len(self.tables)}" if self.tables else "rope"
+        cos, sin = (self.builder.constant(a, f"{prefix}.{n}") for a, n in zip(arrays, ("cos", "sin"), strict=True))
+        self.tables.append((rope, cos, sin))
+        return cos, sin
+
+    def _mask(self, window: int, past_key: ir.Value) -> ir.Value:
+        """Which cached tokens each token sees, bool ``[batch, 1, tokens, capacity]``, once for all layers."""
+        name = f"window.{window}"
+        if name not in self.made:
+            mask = composites.sliding_window_mask()
+            self.made[name] = self._composite(mask, self._positions(), past_key, name=name, window=window)
+        return self.made[name]
+
+    def _mlp(self, layer: str, mlp: Mlp, x: ir.Value) -> ir.Value:
+        gate: ir.Value | None
+        if mlp.packed is not None:
+            names = [f"{layer}.mlp.packed.{part}" for part in ("gate", "up")]
+            packed = self._linear(mlp.packed, x)
+            gate, up = self.builder.op_multi("Split", packed, axis=-1, num_outputs=2, names=names)
+        else:
+            assert mlp.up is not None
+            gate = None if mlp.gate is None else self._linear(mlp.gate, x)
+            up = self._linear(mlp.up, x)
+        if gate is None:
+            inner = self._activated(mlp.activation, up, f"{layer}.mlp.activated")
+        else:
+            activated = self._activated(mlp.activation, gate, f"{layer}.mlp.activated")
+            inner = self.builder.op("Mul", activated, up, name=f"{layer}.mlp.product")
+        return self._linear(mlp.down, inner)
+
+    def _activated(self, activation: Activation, x: ir.Value, name: str) -> ir.Value:
+        return composites.activated(self.builder, activation, x, name=name)
+
+    def _experts(self, layer: str, experts: Experts, x: ir.Value) -> ir.Value:
+        scores = self._linear(experts.router, x)
+        weights = [tuple(self.model.weights[f"{name}.weight"] for name in expert) for expert in experts.experts]
+        gate_up, down = expert_weights(self.builder, f"{layer}.mlp.experts", weights)
+        return self._composite(
+            composites.experts(experts.activation), x, scores, gate_up, down,
+            name=f"{layer}.mlp.experts.output", top_k=experts.top_k, normalize=int(experts.normalize),
+        )  # fmt: skip
+
+    def _norm(self, norm: Norm | None, x: ir.Value) -> ir.Value:
+        """``x`` normalized, once for all that read it; ``x`` itself without a norm."""
+        if norm is None:
+            return x
+        made = f"{norm.name}({x.name})"
+        if made in self.made:
+            return self.made[made]
+        builder, weights, name = self.builder, self.model.weights, norm.name
+        weight = vector(builder, f"{name}.weight", weights[f"{name}.weight"], offset=norm.offset)
+        if norm.kind == "rms":
+            y = builder.op("RMSNormalization", x, weight, axis=-1, epsilon=norm.epsilon, name=f"{name}.output")
+        else:
+            bias = vector(builder, f"{name}.bias", weights[f"{name}.bias"])
+            y = builder.op("LayerNormalization", x, weight, bias, axis=-1, epsilon=norm.epsilon, name=f"{name}.output")
+        self.made[made] = y
+        return y
+
+    def _linear(self, module: str, x: ir.Value, *, order: np.ndarray | None = None) -> ir.Value:
+        """``x`` times the module's weight, plus its bias; with ``order`` the outputs are in that order of rows."""
         weight = self.model.weights[f"{module}.weight"]
+        bias = self.model.weights.get(f"{module}.bias")
+        if order is not None:
+            weight, bias = reordered(weight, order), None if bias is None else reordered(bias, order)
         if isinstance(weight, QuantWeight) and weight.scheme.input_activations is not None:
             x = self._round_activations(x)
         y = self.builder.op("MatMul", x, linear_weight(self.builder, module, weight), name=f"{module}.output")
-        bias = self.model.weights.get(f"{module}.bias")
         if bias is None:
             return y
         return self.builder.op("Add", y, vector(self.builder, f"{module}.bias", bias), name=f"{module}.biased")
 
     def _round_activations(self, x: ir.Value) -> ir.Value:
         """``x`` rounded per token, once for all linears that read it."""
-        name = str(x.name)
-        if name not in self.rounded:
-            self.rounded[name] = self.builder.op("QuantizeDequantizePerToken", x, name=f"{name}.rounded", domain=DOMAIN)
-        return self.rounded[name]
+        name = f"{x.name}.rounded"
+        if name not in self.made:
+            self.made[name] = self._composite(composites.quantize_dequantize_per_token(), x, name=name)
+        return self.made[name]
 
     def _head(self, hidden: ir.Value) -> ir.Value:
-        head = self.model.arch.head
+        builder, decoder = self.builder, self.decoder
+        hidden = self._norm(decoder.final_norm, hidden)
+        if decoder.project_out is not None:
+            hidden = self._linear(decoder.project_out, hidden)
+        logits = self._times(self._head_product(hidden), decoder.logit_scale, "logits.scaled")
+        if decoder.logit_softcap is None:
+            return logits
+        limit = builder.constant(np.float32(decoder.logit_softcap), "logits.softcap")
+        return builder.op("Mul", builder.op("Tanh", builder.op("Div", logits, limit)), limit, name="logits.capped")
+
+    def _head_product(self, hidden: ir.Value) -> ir.Value:
+        head = self.decoder.head
         if not self.model.is_tied:
             return self._linear(head, hidden)
         weight = self.model.weights[self.model.weight_of(head)]
@@ -147,3 +276,13 @@ class _Decoder:
             hidden = self._round_activations(hidden)
         transposed = self.builder.op("Transpose", self.table, perm=[1, 0], name=f"{head}.weight")
         return self.builder.op("MatMul", hidden, transposed, name=f"{head}.output")
+
+    def _times(self, x: ir.Value, factor: float, name: str) -> ir.Value:
+        if factor == 1.0:
+            return x
+        return self.builder.op("Mul", x, self.builder.constant(np.float32(factor), f"{name}.by"), name=name)
+
+    def _composite(self, function: ir.Function, *inputs: ir.Value, name: str, **attributes: int) -> ir.Value:
+        """A node of a composite, whose function becomes part of the model."""
+        self.functions.setdefault(function.name, function)
+        return self.builder.op(function.name, *inputs, name=name, domain=DOMAIN, **attributes)

@@ -8,7 +8,6 @@ spread. A single layer with embedding and head shows every mistake of a lowering
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -16,6 +15,7 @@ import onnx_ir as ir
 
 from llmopt.exporters.onnx.lowering import lowered_graph
 from llmopt.exporters.onnx.standard import standard_graph
+from llmopt.optimizer.decoder import Decoder
 from llmopt.optimizer.errors import MissingExtraError, VerificationError
 from llmopt.optimizer.model import DenseWeight, Model, Weight
 from llmopt.optimizer.target import Target
@@ -55,10 +55,11 @@ def verify_lowering(model: Model, target: Target, *, level: Level, seed: int) ->
     chosen = range(count) if level == "full" else sorted({0, count // 2, count - 1})
     differences = {}
     for i in chosen:
-        single = _one_layer(model, i)
-        lowered, _ = lowered_graph(single, target, capacity=_CAPACITY)
+        single = replace(model.decoder, layers=(model.decoder.layers[i],))
+        lowered, _ = lowered_graph(model, target, capacity=_CAPACITY, decoder=single)
         _without_rounding(lowered)
-        difference = _difference(standard_graph(single, capacity=_CAPACITY), lowered, _Calls(single, seed))
+        standard = standard_graph(model, capacity=_CAPACITY, decoder=single)
+        difference = _difference(standard, lowered, _Calls(single, seed))
         if not difference <= _LIMIT:
             raise VerificationError(
                 f"layer {i}: the lowered graph's logits differ from the standard graph's by {difference:.2g} "
@@ -84,17 +85,6 @@ def _first_rows(weight: Weight, count: int) -> Weight:
     return replace(weight, values=weight.values[:count], scale=weight.scale[:count], zero=zero)
 
 
-def _one_layer(model: Model, i: int) -> Model:
-    """The model with layer ``i`` alone, as layer 0."""
-    layer, first = (f"{model.arch.layer.format(i=k)}." for k in (i, 0))
-    others = tuple(f"{model.arch.layer.format(i=k)}." for k in range(model.num_layers))
-    kept = {name: weight for name, weight in model.weights.items() if not name.startswith(others)}
-    kept |= {
-        first + name.removeprefix(layer): weight for name, weight in model.weights.items() if name.startswith(layer)
-    }
-    return replace(model, config={**model.config, "num_hidden_layers": 1}, weights=MappingProxyType(kept))
-
-
 def _without_rounding(graph: ir.Model) -> None:
     """Let MatMulNBits compute in float32: in the engine it rounds activations, the standard graph does not."""
     for node in graph.graph:
@@ -106,14 +96,13 @@ def _without_rounding(graph: ir.Model) -> None:
 class _Calls:
     """A prompt in two chunks for one sequence, then one token for each of several, within the contract."""
 
-    model: Model
+    decoder: Decoder
     seed: int
 
     def run(self, session: Any) -> list[np.ndarray]:
         """Logits of each call, float32 ``[rows, vocabulary]``; of the second chunk some rows, in another order."""
         generator = np.random.default_rng(self.seed)
-        config = self.model.config
-        shape = (1, config["num_key_value_heads"], _CAPACITY, config["head_dim"])
+        shape = (1, self.decoder.kv_heads, _CAPACITY, self.decoder.head_dim)
         key, value = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
         logits = []
         lengths = np.zeros(1, np.int64)
@@ -121,7 +110,7 @@ class _Calls:
             if batch > len(lengths):
                 lengths, key, value = (np.repeat(array, batch, axis=0) for array in (lengths, key, value))
             feeds = {
-                "input_ids": generator.integers(0, config["vocab_size"], (batch, tokens)),
+                "input_ids": generator.integers(0, self.decoder.vocab_size, (batch, tokens)),
                 "past_lengths": lengths,
                 "logit_rows": np.arange(batch * tokens)[::step].copy(),
                 "past.0.key": key,

@@ -1,15 +1,19 @@
 """A model's weights as initializers of the standard graph, in the layout MatMul takes: ``[in, out]``."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
 from llmopt.exporters.onnx.builder import GraphBuilder
+from llmopt.optimizer.decoder import Attention
 from llmopt.optimizer.lazy_tensor import lazy_tensor
 from llmopt.optimizer.model import DenseWeight, QuantWeight, Weight
 
-__all__ = ["linear_weight", "table", "vector"]
+__all__ = ["expert_weights", "linear_weight", "packed_order", "reordered", "table", "vector"]
 
 _INTEGERS = {8: ir.DataType.INT8, 4: ir.DataType.INT4}
 
@@ -18,9 +22,52 @@ def _array(tensor: Tensor) -> np.ndarray:
     return tensor.contiguous().numpy()
 
 
-def vector(builder: GraphBuilder, name: str, weight: Weight) -> ir.Value:
-    """A norm's weight or a linear's bias, float32 ``[n]``."""
-    return builder.initializer(lazy_tensor(name, ir.DataType.FLOAT, weight.shape, lambda: _array(weight.dense())))
+def vector(builder: GraphBuilder, name: str, weight: Weight, *, offset: float = 0.0) -> ir.Value:
+    """A norm's weight or a linear's bias, float32 ``[n]``, plus ``offset``."""
+    return builder.initializer(
+        lazy_tensor(name, ir.DataType.FLOAT, weight.shape, lambda: _array(weight.dense() + offset))
+    )
+
+
+def packed_order(attention: Attention) -> np.ndarray:
+    """The rows of a packed linear, grouped by KV head, in the order query, key, value: int64 ``[rows]``."""
+    per_group = attention.heads // attention.kv_heads
+    rows = np.arange((attention.heads + 2 * attention.kv_heads) * attention.head_dim)
+    groups = rows.reshape(attention.kv_heads, per_group + 2, attention.head_dim)
+    return np.concatenate([groups[:, :per_group].ravel(), groups[:, -2].ravel(), groups[:, -1].ravel()])
+
+
+def reordered(weight: Weight, order: np.ndarray) -> Weight:
+    """The weight with its rows in another order: row i is row ``order[i]`` of ``weight``."""
+    index = torch.from_numpy(order)
+    if isinstance(weight, DenseWeight):
+        return replace(weight, load=lambda: weight.load()[index])
+    zero = None if weight.zero is None else weight.zero[index]
+    return replace(weight, values=weight.values[index], scale=weight.scale[index], zero=zero)
+
+
+def expert_weights(
+    builder: GraphBuilder, module: str, experts: Sequence[tuple[Weight, ...]]
+) -> tuple[ir.Value, ir.Value]:
+    """Gate and up of all experts, ``[experts, hidden, 2*inner]``, and down, ``[experts, inner, hidden]``, float32.
+
+    Args:
+        builder: Of the graph.
+        module: Names the initializers.
+        experts: Gate, up and down of each, ``[out, in]``.
+    """
+    (inner, hidden), count = experts[0][0].shape, len(experts)
+
+    def gate_up() -> np.ndarray:
+        return np.stack([_array(torch.cat([gate.dense(), up.dense()]).T) for gate, up, _ in experts])
+
+    def down() -> np.ndarray:
+        return np.stack([_array(expert[2].dense().T) for expert in experts])
+
+    return (
+        builder.initializer(lazy_tensor(f"{module}.gate_up", ir.DataType.FLOAT, (count, hidden, 2 * inner), gate_up)),
+        builder.initializer(lazy_tensor(f"{module}.down", ir.DataType.FLOAT, (count, inner, hidden), down)),
+    )
 
 
 def linear_weight(builder: GraphBuilder, module: str, weight: Weight) -> ir.Value:

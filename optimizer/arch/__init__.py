@@ -30,8 +30,8 @@ def find(config: Mapping[str, Any]) -> "Arch":
     architectures = config.get("architectures")
     if isinstance(architectures, list) and architectures:
         wanted = str(architectures[0])
-        return _find(wanted, lambda arch: arch.hf_names, "architecture")
-    return _find(str(config.get("model_type", "")), lambda arch: (arch.name,), "model type")
+        return _find(wanted, lambda arch: arch.models, "architecture")
+    return _find(str(config.get("model_type", "")), lambda arch: arch.models.values(), "model type")
 
 
 def find_gguf(name: str) -> "Arch":

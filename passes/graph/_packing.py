@@ -9,7 +9,13 @@ import onnx_ir as ir
 from llmopt.optimizer.lazy_tensor import lazy_tensor
 from llmopt.passes.graph._rules import attribute, producer
 
-__all__ = ["pack_biases", "pack_weights", "refusal"]
+__all__ = ["columns", "pack_biases", "pack_weights", "refusal"]
+
+
+def columns(weight: ir.Value) -> int:
+    """Outputs of a weight ``[in, out]`` that ``refusal`` accepts."""
+    assert weight.shape is not None
+    return int(weight.shape.numpy()[1])
 
 
 def refusal(weights: Sequence[ir.Value], biases: Sequence[ir.Value | None] = ()) -> str | None:

@@ -1,4 +1,4 @@
-"""Lower slot attention to ONNX Runtime's GroupQueryAttention, which appends to the cache in place."""
+"""Lower rope and slot attention to ONNX Runtime's GroupQueryAttention, which appends to the cache in place."""
 
 from typing import Any
 
@@ -6,54 +6,93 @@ import onnx_ir as ir
 from onnxscript.rewriter import pattern
 
 from llmopt.optimizer.contracts import GraphPass, PassContext
-from llmopt.passes.graph._rules import apply_rules, producer
+from llmopt.passes.graph._rules import apply_rules, attribute, producer
 
 __all__ = ["LowerAttention"]
 
+_ROTARY_MULTIPLE = 16
+"""The kernel rotates whole vectors: of a head's columns it takes a multiple of this."""
+
 
 class _AttentionRule(pattern.RewriteRuleClassBase):  # type: ignore[misc]
-    """``llmopt::SlotAttention`` -> ``com.microsoft::GroupQueryAttention``, taking packed qkv where there is one."""
+    """``llmopt::SlotAttention`` -> ``com.microsoft::GroupQueryAttention``.
+
+    Takes along the RotaryEmbedding of query and key, a packed query, key and value, and a sliding window.
+    """
 
     def __init__(self, ids: ir.Value | None) -> None:
-        super().__init__(name="lower_attention")
+        super().__init__(name="lower_attention", remove_nodes=False)
         self._ids = ids
 
-    def pattern(self, op: Any, past_key: Any, past_value: Any, lengths: Any, cos: Any, sin: Any) -> Any:
+    def pattern(self, op: Any, past_key: Any, past_value: Any, lengths: Any) -> Any:
         query, key, value = (pattern.Var(name) for name in ("query", "key", "value"))
         return op.SlotAttention(
-            query, key, value, past_key, past_value, lengths, cos, sin,
+            query, key, value, past_key, past_value, lengths,
             _domain="llmopt",
+            _allow_other_inputs=True,
             _allow_other_attributes=True,
             _outputs=["attended", "present_key", "present_value"],
         )  # fmt: skip
 
-    def check(self, context: Any, **_: Any) -> Any:
+    def check(self, context: Any, attended: ir.Value, **_: Any) -> Any:
         result = pattern.MatchResult()
-        return result if self._ids is not None else result.fail("the graph has no input_ids to count tokens by")
+        if self._ids is None:
+            return result.fail("the graph has no input_ids to count tokens by")
+        node = attended.producer()
+        assert node is not None
+        mask = _mask(node)
+        if mask is not None and producer(mask, "SlidingWindowMask") is None:
+            return result.fail("the kernel takes a sliding window, not any mask")
+        return result
 
     def rewrite(self, op: Any, lengths: ir.Value, attended: ir.Value, **matched: Any) -> Any:
         node = attended.producer()
         assert node is not None
-        query, key, value = _packed(node.inputs[:3])
         caches = (matched["past_key"], matched["past_value"])
         # Made alike for every layer and merged into one by the common subexpression elimination that follows.
         tokens = op.Shape(self._ids, start=1, end=2)
         total = op.Cast(op.Add(lengths, tokens), to=ir.DataType.INT32.value)
         last = op.Sub(total, op.Constant(value=ir.tensor(1, dtype=ir.DataType.INT32)))
         longest = op.ReduceMax(total, keepdims=0)
+        inputs, tables = list(node.inputs[:3]), []
+        if (rope := _rope(node)) is not None:
+            inputs[:2] = [one.inputs[0] for one in rope]
+            tables = list(rope[0].inputs[1:3])
         return op.GroupQueryAttention(
-            query, key, value, *caches, last, longest, matched["cos"], matched["sin"],
-            _domain="com.microsoft",
-            _outputs=3,
-            num_heads=node.attributes["num_heads"],
-            kv_num_heads=node.attributes["kv_num_heads"],
-            scale=node.attributes["scale"],
-            do_rotary=1,
-            rotary_interleaved=0,
-        )  # fmt: skip
+            *_packed(inputs), *caches, last, longest, *tables, _domain="com.microsoft", _outputs=3, **_attributes(node)
+        )
 
 
-def _packed(inputs: Any) -> tuple[ir.Value, ir.Value | None, ir.Value | None]:
+def _attributes(node: ir.Node) -> dict[str, Any]:
+    """Of GroupQueryAttention, which takes 0 and -1 for no soft cap and no window."""
+    chosen: dict[str, Any] = {name: node.attributes[name] for name in ("num_heads", "kv_num_heads", "scale")}
+    softcap = node.attributes["softcap"].as_float() if "softcap" in node.attributes else 0.0
+    if softcap:
+        chosen["softcap"] = softcap
+    if (mask := producer(_mask(node), "SlidingWindowMask")) is not None:
+        chosen["local_window_size"] = attribute(mask, "window", -1)
+    if _rope(node) is not None:
+        chosen |= {"do_rotary": 1, "rotary_interleaved": 0}
+    return chosen
+
+
+def _mask(node: ir.Node) -> ir.Value | None:
+    return node.inputs[6] if len(node.inputs) > 6 else None
+
+
+def _rope(node: ir.Node) -> tuple[ir.Node, ir.Node] | None:
+    """The RotaryEmbedding of query and key, if both are the same and the kernel can do it."""
+    query, key = (producer(x, "RotaryEmbedding") for x in node.inputs[:2])
+    if query is None or key is None or list(query.inputs[1:]) != list(key.inputs[1:]):
+        return None
+    if any(attribute(rope, "interleaved", 0) for rope in (query, key)):
+        return None
+    cos = query.inputs[1]
+    columns = cos.shape[1] if cos is not None and cos.shape is not None else None
+    return (query, key) if isinstance(columns, int) and columns * 2 % _ROTARY_MULTIPLE == 0 else None
+
+
+def _packed(inputs: Any) -> tuple[ir.Value | None, ir.Value | None, ir.Value | None]:
     """The three inputs, or the value whose Split they are, in order and complete, and nothing else."""
     query, key, value = inputs
     split = producer(query, "Split")
@@ -69,4 +108,6 @@ class LowerAttention(GraphPass):
         """See ``GraphPass.run``."""
         ids = next((value for value in graph.graph.inputs if value.name == "input_ids"), None)
         apply_rules(graph, [_AttentionRule.rule(ids)], context)
+        if separate := [str(node.name) for node in graph.graph if node.op_type == "RotaryEmbedding"]:
+            context.note(f"{len(separate)} rotary embeddings stay operators of their own")
         return graph

@@ -105,7 +105,7 @@ def test_the_model_type_decides_where_no_architecture_is_named() -> None:
 
 
 def test_every_family_has_a_name_of_its_own() -> None:
-    names = [name for family in families.known() for name in family.hf_names]
+    names = [name for family in families.known() for name in family.models]
     assert len(names) == len(set(names))
 
 

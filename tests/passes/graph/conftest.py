@@ -13,7 +13,13 @@ import pytest
 from onnx_ir.passes import common
 
 from llmopt.exporters.onnx.builder import GraphBuilder
-from llmopt.exporters.onnx.composites import quantize_dequantize_per_token, select_rows, slot_attention
+from llmopt.exporters.onnx.composites import (
+    experts,
+    quantize_dequantize_per_token,
+    select_rows,
+    sliding_window_mask,
+    slot_attention,
+)
 from llmopt.exporters.onnx.standard import IR_VERSION, standard_graph
 from llmopt.optimizer import loader
 from llmopt.optimizer.contracts import PassContext
@@ -23,9 +29,6 @@ from llmopt.passes.round_to_nearest import RoundToNearest
 
 Feeds = Mapping[str, np.ndarray]
 Outputs = list[np.ndarray]
-
-HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
-"""Of the function ``SlotAttention`` in every small graph; the tiny Llama's too."""
 
 DTYPES = {"float32": ir.DataType.FLOAT, "int64": ir.DataType.INT64}
 
@@ -129,8 +132,13 @@ def written(write: Callable[..., Any], **inputs: tuple[str, Sequence[int | str]]
         opset_imports={"": 24, "llmopt": 1, "com.microsoft": 1},
         name="small",
     )
-    attention = slot_attention(num_heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM)
-    functions = [attention, select_rows(), quantize_dequantize_per_token()]
+    functions = [
+        slot_attention(),
+        sliding_window_mask(),
+        experts("silu"),
+        select_rows(),
+        quantize_dequantize_per_token(),
+    ]
     return ir.Model(graph, ir_version=IR_VERSION, functions=functions)
 
 

@@ -1,0 +1,410 @@
+"""What one checkpoint computes: a family's description resolved with its config, in names and numbers only."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from llmopt.optimizer.arch.base import Arch, ExpertsPart, Key
+from llmopt.optimizer.errors import InputError, UnsupportedError
+
+__all__ = ["Activation", "Attention", "Decoder", "Experts", "Layer", "Mlp", "Norm", "Rope", "describe"]
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+
+_ACTIVATIONS: Mapping[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Norm:
+    """A norm over the last axis: RMS norm, or LayerNorm, which has a bias too.
+
+    Attributes:
+        name: Its module.
+        kind: rms or layer.
+        epsilon: Added to the mean square, or to the variance.
+        offset: Added to the stored weight.
+    """
+
+    name: str
+    kind: Literal["rms", "layer"]
+    epsilon: float
+    offset: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rope:
+    """A rotary position embedding.
+
+    Attributes:
+        kind: transformers' ``rope_type``.
+        theta: The base of the frequencies.
+        dim: Columns of each head that are rotated, the first ones.
+        max_positions: The config's max_position_embeddings.
+        parameters: What else the kind takes, as in the config's ``rope_parameters``.
+    """
+
+    kind: str
+    theta: float
+    dim: int
+    max_positions: int
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attention:
+    """One layer's attention; see ``AttentionPart`` for the names.
+
+    Attributes:
+        window: A token sees itself and the ``window - 1`` tokens before it; None: all tokens before it.
+        rope: None where positions do not enter here.
+    """
+
+    query: str | None
+    key: str | None
+    value: str | None
+    packed: str | None
+    packing: Literal["parts", "groups"]
+    output: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    softcap: float | None
+    window: int | None
+    rope: Rope | None
+    query_norm: Norm | None
+    key_norm: Norm | None
+    norm_span: Literal["head", "all"]
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The linears that read the attention's input, in data order."""
+        return tuple(name for name in (self.query, self.key, self.value, self.packed) if name is not None)
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """All linears in data order."""
+        return (*self.inputs, self.output)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mlp:
+    """One layer's feed-forward network; see ``MlpPart``."""
+
+    gate: str | None
+    up: str | None
+    packed: str | None
+    down: str
+    activation: Activation
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The linears that read the network's input, in data order."""
+        return tuple(name for name in (self.gate, self.up, self.packed) if name is not None)
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """All linears in data order."""
+        return (*self.inputs, self.down)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experts:
+    """One layer's mixture of experts; see ``ExpertsPart``.
+
+    Attributes:
+        router: Kept in floating point: it is small and decides which experts compute.
+        experts: Gate, up and down of each expert.
+    """
+
+    router: str
+    experts: tuple[tuple[str, str, str], ...]
+    top_k: int
+    normalize: bool
+    activation: Activation
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The linears that read the mixture's input, in data order."""
+        return tuple(name for expert in self.experts for name in expert[:2])
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """All linears but the router, expert by expert."""
+        return tuple(name for expert in self.experts for name in expert)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """One decoder layer; see ``LayerNorms`` for where it normalizes.
+
+    Attributes:
+        name: Its module.
+        parallel: Whether the MLP reads the layer's input instead of the stream behind the attention.
+        residual_scale: What both branches are multiplied with before they are added.
+    """
+
+    name: str
+    attention: Attention
+    mlp: Mlp | Experts
+    parallel: bool
+    residual_scale: float
+    attention_in: Norm | None
+    attention_out: Norm | None
+    attention_after: Norm | None
+    mlp_in: Norm | None
+    mlp_out: Norm | None
+    mlp_after: Norm | None
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """All linears that may be quantized, in data order."""
+        return (*self.attention.linears, *self.mlp.linears)
+
+    def norm_pairs(self) -> list[tuple[str, tuple[str, ...]]]:
+        """Each norm whose output only linears read, with those linears."""
+        if self.attention_in is not None and self.attention_in == self.mlp_in:
+            return [(self.attention_in.name, (*self.attention.inputs, *self.mlp.inputs))]
+        pairs = ((self.attention_in, self.attention.inputs), (self.mlp_in, self.mlp.inputs))
+        return [(norm.name, readers) for norm, readers in pairs if norm is not None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoder:
+    """A decoder-only model; see ``Arch`` for the parts outside the layers.
+
+    Attributes:
+        kv_heads, head_dim: Of every layer's cache.
+        max_positions: The longest sequence it was made for, in tokens.
+        positions: None where positions enter by rope alone, or not at all.
+    """
+
+    name: str
+    layers: tuple[Layer, ...]
+    vocab_size: int
+    hidden_size: int
+    kv_heads: int
+    head_dim: int
+    max_positions: int
+    embedding: str
+    embedding_scale: float
+    positions: str | None
+    positions_offset: int
+    project_in: str | None
+    project_out: str | None
+    final_norm: Norm | None
+    head: str
+    logit_scale: float
+    logit_softcap: float | None
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Every linear that may be quantized, in data order, the head last."""
+        return (*(name for layer in self.layers for name in layer.linears), self.head)
+
+
+def describe(arch: Arch, config: Mapping[str, Any], parameters: Collection[str]) -> Decoder:
+    """Resolve ``arch`` with a checkpoint's config.
+
+    Args:
+        arch: The family.
+        config: Completed, as ``hf_config.complete`` returns it.
+        parameters: The checkpoint's parameter names: parts that some checkpoints of a family lack are there or not.
+
+    Raises:
+        UnsupportedError: The config asks for an attention, a rope or an activation that has no description.
+        InputError: It contradicts itself.
+    """
+    return _Resolver(arch.for_config(config), config, parameters).decoder()
+
+
+class _Resolver:
+    """Reads numbers of one config into one description."""
+
+    def __init__(self, arch: Arch, config: Mapping[str, Any], parameters: Collection[str]) -> None:
+        self.arch = arch
+        self.config = config
+        self.parameters = parameters
+
+    def decoder(self) -> Decoder:
+        arch = self.arch
+        self._refuse()
+        count = self._integer(Key("num_hidden_layers"))
+        layers = tuple(self._layer(i) for i in range(count))
+        return Decoder(
+            name=arch.name,
+            layers=layers,
+            vocab_size=self._integer(Key("vocab_size")),
+            hidden_size=self._integer(Key("hidden_size")),
+            kv_heads=layers[0].attention.kv_heads,
+            head_dim=layers[0].attention.head_dim,
+            max_positions=self._integer(Key("max_position_embeddings")),
+            embedding=arch.embedding,
+            embedding_scale=self._number(arch.embedding_scale) or 1.0,
+            positions=arch.positions,
+            positions_offset=arch.positions_offset,
+            project_in=self._present(arch.project_in),
+            project_out=self._present(arch.project_out),
+            final_norm=self._norm(self._present(arch.final_norm)),
+            head=arch.head,
+            logit_scale=self._number(arch.logit_scale) or 1.0,
+            logit_softcap=None if arch.logit_softcap is None else self._number(arch.logit_softcap),
+        )
+
+    def _refuse(self) -> None:
+        for name, value in self.arch.refused.items():
+            if self.config.get(name) == value:
+                raise UnsupportedError(
+                    f"{name}: {str(value).lower()} in config.json is not supported for {self.arch.name} models",
+                    hint="llmopt has no description of that computation, and does not export it wrong",
+                )
+
+    def _layer(self, i: int) -> Layer:
+        arch = self.arch
+        name = arch.layer.format(i=i)
+        norms = {
+            place: self._norm(None if below is None else f"{name}.{below}")
+            for place in ("attention_in", "attention_out", "attention_after", "mlp_in", "mlp_out", "mlp_after")
+            for below in [getattr(arch.norms, place)]
+        }
+        parallel = arch.parallel if isinstance(arch.parallel, bool) else bool(self.config[arch.parallel])
+        scale = self._number(arch.residual_scale) or 1.0
+        attention = self._attention(i, name)
+        return Layer(
+            name=name, attention=attention, mlp=self._mlp(name), parallel=parallel, residual_scale=scale, **norms
+        )
+
+    def _attention(self, i: int, layer: str) -> Attention:
+        part = self.arch.attention
+        heads = self._integer(part.heads)
+        kv_heads = part.kv_heads if isinstance(part.kv_heads, int) else self._integer(part.kv_heads)
+        if kv_heads < 1 or heads % kv_heads:
+            raise InputError(
+                f"config.json has {heads} attention heads, not a multiple of its {kv_heads} KV heads",
+                hint="correct config.json",
+            )
+        hidden = self._integer(Key("hidden_size"))
+        head_dim = self.config.get("head_dim") or hidden // heads
+        if not self.config.get("head_dim") and hidden % heads:
+            raise InputError(f"config.json has a hidden size of {hidden}, which {heads} attention heads do not divide")
+        scale = None if part.scale is None else self._number(part.scale)
+        names = {
+            role: None if below is None else f"{layer}.{below}"
+            for role in ("query", "key", "value", "packed", "output", "query_norm", "key_norm")
+            for below in [getattr(part, role)]
+        }
+        sliding = self._kind(i) == "sliding_attention"
+        window = self.config.get("sliding_window") if sliding else None
+        return Attention(
+            query=names["query"],
+            key=names["key"],
+            value=names["value"],
+            packed=names["packed"],
+            packing=part.packing,
+            output=f"{layer}.{part.output}",
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            scale=float(head_dim) ** -0.5 if scale is None else scale,
+            softcap=None if part.softcap is None else self._number(part.softcap),
+            window=None if window is None else int(window),
+            rope=self._rope(i, head_dim) if part.rope else None,
+            query_norm=self._norm(names["query_norm"]),
+            key_norm=self._norm(names["key_norm"]),
+            norm_span=part.norm_span,
+        )
+
+    def _kind(self, i: int) -> str:
+        """Of layer ``i``'s attention; without ``layer_types`` all layers use the window, where there is one."""
+        kinds = self.config.get("layer_types")
+        kind = str(kinds[i]) if kinds else "sliding_attention"
+        if kind not in ("full_attention", "sliding_attention"):
+            raise UnsupportedError(
+                f"layer_types.{i} in config.json is {kind!r}", hint="supported: full_attention, sliding_attention"
+            )
+        return kind
+
+    def _rope(self, i: int, head_dim: int) -> Rope | None:
+        without = self.config.get("no_rope_layers")
+        if without and not without[i]:
+            return None
+        parameters = dict(self.config["rope_parameters"])
+        if "rope_theta" not in parameters:
+            parameters = dict(parameters[self._kind(i)])
+        kind = parameters.pop("rope_type", "default")
+        part = parameters.pop("partial_rotary_factor", None) or self.config.get("partial_rotary_factor") or 1.0
+        return Rope(
+            kind=kind,
+            theta=float(parameters.pop("rope_theta")),
+            dim=int(head_dim * part),
+            max_positions=self._integer(Key("max_position_embeddings")),
+            parameters=parameters,
+        )
+
+    def _mlp(self, layer: str) -> Mlp | Experts:
+        experts = self.arch.experts
+        if experts is not None and f"{layer}.{experts.router}.weight" in self.parameters:
+            return self._experts(layer, experts)
+        part = self.arch.mlp
+        gate, up, packed = (
+            None if below is None else f"{layer}.{below}" for below in (part.gate, part.up, part.packed)
+        )
+        return Mlp(
+            gate=gate, up=up, packed=packed, down=f"{layer}.{part.down}", activation=self._activation(part.activation)
+        )
+
+    def _experts(self, layer: str, part: ExpertsPart) -> Experts:
+        return Experts(
+            router=f"{layer}.{part.router}",
+            experts=tuple(
+                (
+                    f"{layer}.{part.gate.format(e=e)}",
+                    f"{layer}.{part.up.format(e=e)}",
+                    f"{layer}.{part.down.format(e=e)}",
+                )
+                for e in range(self._integer(part.count))
+            ),
+            top_k=self._integer(part.top_k),
+            normalize=part.normalize is True or bool(self._number(part.normalize)),
+            activation=self._activation(part.activation),
+        )
+
+    def _activation(self, entry: str) -> Activation:
+        name = str(self.config.get(entry))
+        if name not in _ACTIVATIONS:
+            raise UnsupportedError(
+                f"the activation {name!r} ({entry} in config.json) is not supported",
+                hint=f"supported: {', '.join(sorted(_ACTIVATIONS))}",
+            )
+        return _ACTIVATIONS[name]
+
+    def _norm(self, name: str | None) -> Norm | None:
+        if name is None:
+            return None
+        arch = self.arch
+        epsilon = self._number(arch.norm_epsilon)
+        assert epsilon is not None
+        return Norm(name=name, kind=arch.norm, epsilon=epsilon, offset=arch.norm_offset)
+
+    def _present(self, module: str | None) -> str | None:
+        return module if f"{module}.weight" in self.parameters else None
+
+    def _number(self, key: Key) -> float | None:
+        value = self.config.get(key.name)
+        value = key.default if value is None else value
+        return None if value is None else float(value) ** key.power
+
+    def _integer(self, key: Key) -> int:
+        value = self.config.get(key.name)
+        if not isinstance(value, int):
+            raise InputError(f"config.json has no number {key.name}, but {value!r}", hint="correct config.json")
+        return value
