@@ -13,6 +13,7 @@ import torch
 
 from llmopt.optimizer.build_record import RECORD_NAME, BuildRecord
 from llmopt.optimizer.cache import digest_of, locked, publish
+from llmopt.optimizer.contents import layers_of, sizes_of
 from llmopt.optimizer.contracts import PassContext
 from llmopt.optimizer.errors import InputError, ResourceError, is_out_of_memory
 from llmopt.optimizer.gates import Gate
@@ -20,7 +21,6 @@ from llmopt.optimizer.manifest import (
     MANIFEST_NAME,
     Engine,
     FileEntry,
-    Layer,
     Manifest,
     Measurement,
     PassRecord,
@@ -28,7 +28,7 @@ from llmopt.optimizer.manifest import (
     Verdict,
     sha256_of,
 )
-from llmopt.optimizer.model import Model, QuantWeight
+from llmopt.optimizer.model import Model
 from llmopt.optimizer.pipeline import run_passes
 from llmopt.optimizer.progress import Progress
 from llmopt.optimizer.recipe import Recipe
@@ -86,7 +86,8 @@ def build(
             source=SourceEntry(spec=source.source.spec, digest=source.source.digest, files=dict(source.source.files)),
             recipe=recipe.resolved(),
             architecture=model.arch.name,
-            layers=_layers(model, passes),
+            layers=layers_of(model, passes),
+            sizes=sizes_of(model),
             passes=passes,
             graph_passes=graph_passes,
             engines=engines,
@@ -241,24 +242,6 @@ def _measure(
 
 def _threads(recipe: Recipe) -> int:
     return recipe.resources.threads or len(os.sched_getaffinity(0))
-
-
-def _layers(model: Model, passes: list[PassRecord]) -> list[Layer]:
-    errors = {name: error for record in passes for name, error in record.details.get("errors", {}).items()}
-    layers = []
-    for module in model.linears():
-        weight = model.weights[model.weight_of(module)]
-        scheme = weight.scheme.name if isinstance(weight, QuantWeight) else str(weight.dtype).removeprefix("torch.")
-        layers.append(
-            Layer(
-                name=module,
-                shape=list(weight.shape),
-                scheme=scheme,
-                bytes=weight.nbytes,
-                error=errors.get(module),
-            )
-        )
-    return layers
 
 
 def _versions() -> dict[str, str]:

@@ -136,6 +136,7 @@ class Manifest(_Entry):
     recipe: dict[str, Any]
     architecture: str
     layers: list[Layer]
+    sizes: dict[str, dict[str, int]] = Field({}, description="Part of the model -> scheme or dtype -> bytes.")
     passes: list[PassRecord]
     graph_passes: dict[str, list[PassRecord]] = {}
     engines: list[Engine]

@@ -1,0 +1,55 @@
+"""What each graph pass did to the operators of an engine, as the manifest has it."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from llmopt.optimizer.manifest import PassRecord
+
+__all__ = ["Effect", "effects_of", "short_name"]
+
+
+@dataclass(frozen=True, slots=True)
+class Effect:
+    """One graph pass.
+
+    Attributes:
+        name: The pass.
+        applied: How often.
+        declined: Why it left near-matches alone -> how many.
+        before: Operator, with its domain unless that is ai.onnx's, -> how many of its nodes.
+        after: The same behind the pass.
+    """
+
+    name: str
+    applied: int
+    declined: Mapping[str, int]
+    before: Mapping[str, int]
+    after: Mapping[str, int]
+
+    @property
+    def changes(self) -> dict[str, int]:
+        """Operator -> nodes more or less than before; what went away first, the largest changes first."""
+        difference = {name: self.after.get(name, 0) - self.before.get(name, 0) for name in {*self.before, *self.after}}
+        changed = ((name, count) for name, count in difference.items() if count)
+        return dict(sorted(changed, key=lambda item: (item[1] > 0, -abs(item[1]), item[0])))
+
+
+def effects_of(records: Sequence[PassRecord]) -> list[Effect]:
+    """The graph passes among ``records`` that counted operators, in order: older builds did not."""
+    return [
+        Effect(
+            record.name,
+            int(record.details.get("applied", 0)),
+            Counter(record.details.get("declined", ())),
+            record.details["operators"]["before"],
+            record.details["operators"]["after"],
+        )
+        for record in records
+        if "operators" in record.details
+    ]
+
+
+def short_name(operator: str) -> str:
+    """Without the domain: ``com.microsoft::QuickGelu`` -> ``QuickGelu``."""
+    return operator.rpartition("::")[2]
