@@ -71,11 +71,10 @@ def select_rows() -> ir.Function:
 
 
 def sliding_window_mask() -> ir.Function:
-    """``SlidingWindowMask(positions, past_key; window) -> mask``: which cached tokens lie within a token's window.
+    """``SlidingWindowMask(positions, past_key; window) -> mask``: which cached tokens a token with a window sees.
 
     positions int64 ``[batch, tokens]``, past_key ``[batch, kv_heads, capacity, head_dim]`` for its capacity; mask bool
     ``[batch, 1, tokens, capacity]``: True where the cached token is one of the last ``window`` up to the token itself.
-    Later tokens are left to the attention, which is causal.
     """
     builder = GraphBuilder()
     positions, past_key = _values("positions", "past_key")
@@ -83,7 +82,8 @@ def sliding_window_mask() -> ir.Function:
     capacity = builder.op("Squeeze", builder.op("Shape", past_key, start=2, end=3))
     cached = builder.op("Range", zero, capacity, one)
     distance = builder.op("Sub", builder.op("Unsqueeze", positions, _ints(builder, 1, 3)), cached)
-    mask = builder.op("Less", distance, _attribute(builder, "window"), name="mask")
+    is_near = builder.op("Less", distance, _attribute(builder, "window"))
+    mask = builder.op("And", is_near, builder.op("GreaterOrEqual", distance, zero), name="mask")
     return _function("SlidingWindowMask", [positions, past_key], [mask], builder, ["window"])
 
 
@@ -91,11 +91,12 @@ def slot_attention() -> ir.Function:
     """Causal attention of new tokens over a slot's cache, which it appends to in place.
 
     ``SlotAttention(query, key, value, past_key, past_value, past_lengths[, mask]; num_heads, kv_num_heads, scale,
-    softcap)``:
+    softcap, is_causal)``:
 
     - query ``[batch, tokens, heads*head_dim]``, key and value ``[batch, tokens, kv_heads*head_dim]``, behind rope;
     - past_key, past_value ``[batch, kv_heads, capacity, head_dim]``; past_lengths int64 ``[batch]``;
-    - mask bool ``[batch, 1, tokens, capacity]``, True where a cached token may be seen; without it all may.
+    - mask bool ``[batch, 1, tokens, capacity]``, True where a cached token is seen: then is_causal is 0, because TensorRT
+      takes one or the other. Without it is_causal is 1 and all tokens up to the token itself are seen.
 
     Outputs the attention's result ``[batch, tokens, heads*head_dim]``, then the caches with the new tokens written
     at ``past_lengths``. Token t of a row sees that row's cache up to ``past_lengths + t``. Scores s, scaled, become
@@ -120,14 +121,15 @@ def slot_attention() -> ir.Function:
     lengths = builder.op("Add", past_lengths, builder.op("Shape", query, start=1, end=2))
     attended = builder.op(
         "Attention", split_heads(query, "num_heads"), present_key, present_value, mask, None, None, lengths,
-        is_causal=1,
+        is_causal=ir.RefAttr("is_causal", "is_causal", ir.AttributeType.INT),
         scale=ir.RefAttr("scale", "scale", ir.AttributeType.FLOAT),
         softcap=ir.RefAttr("softcap", "softcap", ir.AttributeType.FLOAT),
     )  # fmt: skip
     merged = builder.op("Transpose", attended, perm=[0, 2, 1, 3])
     output = builder.op("Reshape", merged, _ints(builder, 0, 0, -1), name="output")
     outputs = [output, present_key, present_value]
-    return _function("SlotAttention", inputs, outputs, builder, ["num_heads", "kv_num_heads", "scale", "softcap"])
+    attributes = ["num_heads", "kv_num_heads", "scale", "softcap", "is_causal"]
+    return _function("SlotAttention", inputs, outputs, builder, attributes)
 
 
 def activated(builder: GraphBuilder, activation: Activation, x: ir.Value, *, name: str | None = None) -> ir.Value:

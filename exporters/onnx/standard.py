@@ -136,6 +136,7 @@ class _Graph:
             kv_num_heads=attention.kv_heads,
             scale=attention.scale,
             softcap=attention.softcap or 0.0,
+            is_causal=int(mask is None),
         )  # fmt: skip
         for value_out, like in zip(present, self._cache("present", i), strict=True):
             value_out.type, value_out.shape = like.type, like.shape

@@ -43,6 +43,8 @@ class _AttentionRule(pattern.RewriteRuleClassBase):  # type: ignore[misc]
         mask = _mask(node)
         if mask is not None and producer(mask, "SlidingWindowMask") is None:
             return result.fail("the kernel takes a sliding window, not any mask")
+        if mask is None and not attribute(node, "is_causal", 0):
+            return result.fail("the kernel's attention is causal")
         return result
 
     def rewrite(self, op: Any, lengths: ir.Value, attended: ir.Value, **matched: Any) -> Any:
