@@ -6,7 +6,22 @@ from dataclasses import dataclass
 
 from llmopt.optimizer.manifest import PassRecord
 
-__all__ = ["Effect", "effects_of", "short_name"]
+__all__ = ["KINDS", "Effect", "by_kind", "effects_of", "short_name"]
+
+KINDS = ("matrix products", "attention", "norms", "rounding", "elementwise", "data movement")
+"""What operators do, for plots: six colours say more than one per operator."""
+
+_IN_NAMES = {
+    "matrix products": ("MatMul", "Gemm", "MoE", "Experts"),
+    "attention": ("Attention", "Rotary", "Mask", "TensorScatter", "Softmax"),
+    "norms": ("Normalization",),
+    "rounding": ("Quantize", "Dequantize"),
+}
+_MOVEMENT = {
+    *("Cast", "Concat", "Constant", "ConstantOfShape", "Expand", "Flatten", "Gather", "GatherElements", "GatherND"),
+    *("Identity", "Range", "Reshape", "ScatterElements", "ScatterND", "SelectRows", "Shape", "Size", "Slice", "Split"),
+    *("Squeeze", "Tile", "Transpose", "Unsqueeze"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +51,7 @@ class Effect:
 
 
 def effects_of(records: Sequence[PassRecord]) -> list[Effect]:
-    """The graph passes among ``records`` that counted operators, in order: older builds did not."""
+    """The graph passes among ``records`` that counted operators, in order; those of older builds did not."""
     return [
         Effect(
             record.name,
@@ -50,6 +65,21 @@ def effects_of(records: Sequence[PassRecord]) -> list[Effect]:
     ]
 
 
+def by_kind(operators: Mapping[str, int]) -> dict[str, int]:
+    """Each of ``KINDS`` -> how many of the operators are of that kind."""
+    found = dict.fromkeys(KINDS, 0)
+    for name, count in operators.items():
+        found[_kind(short_name(name))] += count
+    return found
+
+
 def short_name(operator: str) -> str:
     """Without the domain: ``com.microsoft::QuickGelu`` -> ``QuickGelu``."""
     return operator.rpartition("::")[2]
+
+
+def _kind(name: str) -> str:
+    for kind, parts in _IN_NAMES.items():
+        if any(part in name for part in parts):
+            return kind
+    return "data movement" if name in _MOVEMENT else "elementwise"

@@ -1,66 +1,22 @@
 """A build's report for people, ``report.html``, and the same facts for programs, ``report.json``."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from llmopt.calibration.texts import SAMPLED
+from llmopt.evaluation.operators import KINDS, Effect, by_kind, effects_of
+from llmopt.evaluation.pages import Segment, measured, megabytes, rendered, segments
+from llmopt.optimizer.manifest import Engine, GateResult, Layer, Manifest, Measurement, PassRecord
+from llmopt.optimizer.scheme import Scheme
 
-from llmopt.optimizer.manifest import Layer, Manifest
+__all__ = ["VERIFICATION", "page", "summary", "write_report"]
 
-__all__ = ["summary", "write_report"]
+_KEPT = ("llmopt", "versions", "source", "recipe", "architecture", "layers", "sizes", "passes", "measurements", "files")
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<title>{{ title }}</title>
-<style>
-body { font: 15px/1.45 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1d2329 }
-h1 { font-size: 1.4rem } h2 { font-size: 1.1rem; margin-top: 2rem }
-table { border-collapse: collapse } th, td { padding: .2rem .8rem .2rem 0; text-align: left }
-th { border-bottom: 1px solid #8a949e } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
-.accepted { color: #17692f } .rejected { color: #a4161a } .bar { background: #4a7fb5; height: .8rem }
-</style>
-<h1>{{ title }}</h1>
-<p>Verdict: <strong class="{{ status }}">{{ status }}</strong>. Weights: {{ "%.1f" % (total_bytes / 1e6) }} MB in linear
-layers. Source: <code>{{ source.spec }}</code>, sha256 <code>{{ source.digest[:16] }}</code>. llmopt {{ llmopt }}.</p>
-
-{% if measurements %}<h2>Engine against source model</h2>
-<table><tr><th>metric<th class="n">engine<th class="n">source<th class="n">change<th>text<th class="n">tokens</tr>
-{% for m in measurements %}<tr><td>{{ m.metric }}<td class="n">{{ "%.5g" % m.value }}
-<td class="n">{% if m.source is not none %}{{ "%.5g" % m.source }}{% endif %}
-<td class="n">{% if m.source is not none %}{{ "%+.2f" % ((m.value / m.source - 1) * 100) }} %{% endif %}
-<td>{{ m.data }}<td class="n">{{ m.tokens }}</tr>
-{% endfor %}</table>{% endif %}
-
-{% if gates %}<h2>Gates</h2>
-<table><tr><th>gate<th class="n">measured<th></tr>
-{% for g in gates %}<tr><td>{% for name, value in g.gate.items() %}{{ name }}: {{ value }}{{ ", " if not loop.last }}
-{% endfor %}<td class="n">{{ "%.5g" % g.value }}<td class="{{ "accepted" if g.passed else "rejected" }}">
-{{ "passed" if g.passed else "missed" }}</tr>
-{% endfor %}</table>{% endif %}
-
-<h2>Size by scheme</h2>
-<table><tr><th>scheme<th class="n">layers<th class="n">MB<th></tr>
-{% for s in schemes %}<tr><td>{{ s.scheme }}<td class="n">{{ s.layers }}<td class="n">{{ "%.1f" % (s.bytes / 1e6) }}
-<td style="width: 20rem"><div class="bar" style="width: {{ "%.1f" % (100 * s.share) }}%"></div></tr>
-{% endfor %}</table>
-
-{% if passes %}<h2>Passes</h2>
-<ol>{% for p in passes %}<li><code>{{ p.name }}</code>{% if not p.changed %} (changed nothing){% endif %}
-{% for text in p.notes %}<br>{{ text }}{% endfor %}
-{% for text in p.fallbacks %}<br>fallback: {{ text }}{% endfor %}</li>
-{% endfor %}</ol>{% endif %}
-
-<h2>Layers</h2>
-<table><tr><th>layer<th>shape<th>scheme<th class="n">KB<th class="n">error</tr>
-{% for l in layers %}<tr><td>{{ l.name }}<td>{{ l.shape | join(" x ") }}<td>{{ l.scheme }}
-<td class="n">{{ "%.0f" % (l.bytes / 1e3) }}
-<td class="n">{% if l.error is not none %}{{ "%.2f" % (l.error * 100) }} %{% endif %}</tr>
-{% endfor %}</table>
-<p>Error: relative Frobenius norm of the weight's change.</p>
-</html>
-"""
+VERIFICATION = "verify_lowering"
+"""The record that says how far each layer's engine is from the standard graph."""
 
 
 def write_report(manifest: Manifest, directory: Path) -> None:
@@ -73,24 +29,54 @@ def write_report(manifest: Manifest, directory: Path) -> None:
         manifest: Its ``files`` may still be empty.
         directory: The build.
     """
-    facts = summary(manifest)
-    text = json.dumps(facts, indent=1, sort_keys=True)
+    text = json.dumps(summary(manifest), indent=1, sort_keys=True)
     (directory / "report.json").write_text(text + "\n", encoding="utf-8")
-    page = Environment(autoescape=True, undefined=StrictUndefined).from_string(_PAGE)
-    (directory / "report.html").write_text(page.render(facts), encoding="utf-8")
+    (directory / "report.html").write_text(page(manifest), encoding="utf-8")
+
+
+def page(manifest: Manifest, record: Mapping[str, Any] | None = None) -> str:
+    """The report as one HTML page that loads nothing.
+
+    Args:
+        manifest: Of the build.
+        record: Its ``build-record.json``: what it cost on the machine it was made on. Left out of ``report.html``,
+            which is the same on every machine.
+    """
+    facts = summary(manifest)
+    return rendered(
+        "report.html",
+        {
+            **facts,
+            "record": record,
+            "name": manifest.source.spec.rstrip("/").rpartition("/")[2],
+            "engines": manifest.engines,
+            "engine_bytes": sum(e.bytes for name, e in manifest.files.items() if name.startswith("engine/")),
+            "accuracy": [_accuracy(found, manifest.verdict.gates) for found in manifest.measurements],
+            "bars": {
+                "part": _size_bar({part: sum(found.values()) for part, found in manifest.sizes.items()}),
+                "scheme": _size_bar({entry["scheme"]: entry["bytes"] for entry in facts["schemes"]}),
+            },
+            "graphs": [
+                {**graph, **_plot(effects_of(manifest.graph_passes.get(graph["engine"], ())))}
+                for graph in facts["graphs"]
+            ],
+            "steps": [{**step, "options": _short(step["options"])} for step in facts["passes"]],
+            "recipe_text": json.dumps(_short(manifest.recipe), indent=1, sort_keys=True),
+        },
+    )
 
 
 def summary(manifest: Manifest) -> dict[str, Any]:
     """What the report shows, as plain data."""
     plain = manifest.model_dump(mode="json")
-    kept = ("llmopt", "source", "architecture", "layers", "passes", "measurements")
     return {
-        **{name: plain[name] for name in kept},
+        **{name: plain[name] for name in _KEPT},
         "title": f"{manifest.architecture} model from {manifest.source.spec}",
         "status": manifest.verdict.status,
         "gates": plain["verdict"]["gates"],
         "schemes": _by_scheme(manifest.layers),
         "total_bytes": sum(layer.bytes for layer in manifest.layers),
+        "graphs": [_graph(engine, manifest.graph_passes.get(engine.path, [])) for engine in manifest.engines],
     }
 
 
@@ -105,3 +91,100 @@ def _by_scheme(layers: list[Layer]) -> list[dict[str, Any]]:
         for scheme, sizes in found.items()
     ]
     return sorted(rows, key=lambda row: (-row["bytes"], row["scheme"]))
+
+
+def _graph(engine: Engine, records: Sequence[PassRecord]) -> dict[str, Any]:
+    """The graph passes of one engine: what each did to the operators, and how verification went."""
+    effects = effects_of(records)
+    final = effects[-1].after if effects else {}
+    return {
+        "engine": engine.path,
+        "layers": engine.num_layers,
+        "standard": dict(effects[0].before) if effects else {},
+        "passes": [
+            {
+                "name": effect.name,
+                "applied": effect.applied,
+                "declined": dict(effect.declined),
+                "operators": sum(effect.after.values()),
+                "changes": effect.changes,
+            }
+            for effect in effects
+        ],
+        "final": dict(sorted(final.items(), key=lambda item: (-item[1], item[0]))),
+        "verification": {
+            layer: difference
+            for record in records
+            if record.name == VERIFICATION
+            for layer, difference in record.details.items()
+        },
+        "fallbacks": [f"{record.name}: {text}" for record in records for text in record.fallbacks],
+        "notes": [f"{record.name}: {text}" for record in records for text in record.notes],
+    }
+
+
+def _plot(effects: Sequence[Effect]) -> dict[str, Any]:
+    """A bar for the standard graph and one behind each pass, coloured by what the operators do."""
+    if not effects:
+        return {"rows": [], "legend": []}
+    graphs = [effects[0].before, *(effect.after for effect in effects)]
+    longest = max(sum(graph.values()) for graph in graphs)
+    rows = [
+        {"effect": effect, "operators": sum(graph.values()), "bar": segments(by_kind(graph), KINDS, total=longest)}
+        for effect, graph in zip([None, *effects], graphs, strict=True)
+    ]
+    return {"rows": rows, "legend": segments(dict.fromkeys(KINDS, 1), KINDS, total=len(KINDS))}
+
+
+def _size_bar(sizes: Mapping[str, int]) -> list[Segment]:
+    """The largest part first."""
+    total = sum(sizes.values())
+    order = sorted(sizes, key=lambda name: -sizes[name])
+    texts = {name: f"{megabytes(size)}, {size / total:.1%}" for name, size in sizes.items() if size}
+    return segments(sizes, order, total=total, texts=texts)
+
+
+def _accuracy(found: Measurement, gates: Sequence[GateResult]) -> dict[str, Any]:
+    """One measurement as it is shown, with the gates that judged it."""
+    change = "" if found.source is None else f"{found.value / found.source - 1:+.2%}"
+    judged = [
+        result
+        for result in gates
+        if (result.gate["metric"], result.gate.get("data", SAMPLED), result.value)
+        == (found.metric, found.data, found.value)
+    ]
+    return {
+        "metric": found.metric,
+        "value": measured(found.metric, found.value),
+        "source": "" if found.source is None else measured(found.metric, found.source),
+        "change": change,
+        "text": found.data,
+        "tokens": found.tokens,
+        "limits": [_limit(result, found) for result in judged],
+    }
+
+
+def _limit(result: GateResult, found: Measurement) -> dict[str, Any]:
+    """A gate in words, and how much of the loss it allows was used: 1 is the limit itself."""
+    kind = next(name for name in ("max", "min", "max_increase") if name in result.gate)
+    limit = float(result.gate[kind])
+    if kind == "min":
+        lost, allowed, words = 1 - found.value, 1 - limit, f"at least {limit:.1%}"
+    elif kind == "max":
+        lost, allowed, words = found.value, limit, f"at most {limit:g}"
+    else:
+        lost, allowed = found.value / (found.source or found.value) - 1, limit
+        words = f"at most {limit:+.1%}"
+    used = max(0.0, lost) / allowed if allowed else float(lost > 0)
+    return {"words": words, "used": used, "passed": result.passed}
+
+
+def _short(options: Any) -> Any:
+    """Options with the name of a scheme in the place of its long form."""
+    if isinstance(options, list):
+        return [_short(each) for each in options]
+    if not isinstance(options, dict):
+        return options
+    if "weights" in options and options.keys() <= Scheme.model_fields.keys():
+        return Scheme.model_validate(options).name
+    return {name: _short(value) for name, value in options.items()}

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-__all__ = ["RECORD_NAME", "BuildRecord"]
+__all__ = ["RECORD_NAME", "BuildRecord", "read_record"]
 
 RECORD_NAME = "build-record.json"
 
@@ -46,3 +46,12 @@ class BuildRecord:
             },
         }
         (directory / RECORD_NAME).write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read_record(directory: Path) -> dict[str, Any] | None:
+    """What the build in ``directory`` cost where it was made; None where that was not kept or cannot be read."""
+    try:
+        data = json.loads((directory / RECORD_NAME).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return data if isinstance(data, dict) else None

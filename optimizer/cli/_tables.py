@@ -1,16 +1,22 @@
 """Tables that several commands print."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from llmopt.optimizer.manifest import Measurement, Verdict
 
-__all__ = ["gates_table", "measurements_table"]
+if TYPE_CHECKING:
+    from llmopt.evaluation.operators import Effect
+
+__all__ = ["gates_table", "graph_passes_table", "measurements_table", "operators_table"]
 
 
 def measurements_table(measurements: Sequence[Measurement]) -> Table:
     """The engine against the source model, a row per metric and text."""
+    from llmopt.evaluation.pages import measured
+
     table = Table(title="engine against source model", title_justify="left")
     for name in ("metric", "engine", "source", "change", "text", "tokens"):
         table.add_column(name, justify="left" if name in ("metric", "text") else "right")
@@ -18,7 +24,9 @@ def measurements_table(measurements: Sequence[Measurement]) -> Table:
         source, change = "", ""
         if found.source is not None:
             source, change = f"{found.source:.3f}", f"{found.value / found.source - 1:+.2%}"
-        table.add_row(found.metric, _value(found), source, change, found.data, f"{found.tokens:,}")
+        table.add_row(
+            found.metric, measured(found.metric, found.value), source, change, found.data, f"{found.tokens:,}"
+        )
     return table
 
 
@@ -36,7 +44,31 @@ def gates_table(verdict: Verdict) -> Table:
     return table
 
 
-def _value(found: Measurement) -> str:
-    if found.metric == "top1":
-        return f"{found.value:.2%}"
-    return f"{found.value:.4f}" if found.metric == "kl" else f"{found.value:.3f}"
+def graph_passes_table(engine: str, effects: "Sequence[Effect]") -> Table:
+    """How many operators each graph pass found and left, and which ones went and came."""
+    from llmopt.evaluation.operators import short_name
+
+    table = Table(title=f"graph passes of {engine}", title_justify="left")
+    table.add_column("pass", no_wrap=True)
+    for name in ("applied", "operators"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("change", overflow="fold")
+    for effect in effects:
+        change = ", ".join(f"{count:+d} {short_name(name)}" for name, count in effect.changes.items())
+        before, after = sum(effect.before.values()), sum(effect.after.values())
+        table.add_row(effect.name, str(effect.applied), f"{before:,} → {after:,}", change)
+    return table
+
+
+def operators_table(operators: Mapping[str, int], layers: int) -> Table:
+    """An engine's operators, the most frequent first, and how many of them a decoder layer has."""
+    table = Table(title="operators of the engine", title_justify="left")
+    table.add_column("operator", no_wrap=True)
+    for name in ("nodes", "per layer"):
+        table.add_column(name, justify="right")
+    for name, count in sorted(operators.items(), key=lambda item: (-item[1], item[0])):
+        table.add_row(name, f"{count:,}", f"{count / layers:.2f}")
+    total = sum(operators.values())
+    table.add_section()
+    table.add_row("all", f"{total:,}", f"{total / layers:.2f}")
+    return table

@@ -17,21 +17,60 @@ __all__ = ["command"]
 @click.command()
 @click.argument("build", type=click.Path(path_type=Path))
 @click.option("--layers", "every_layer", is_flag=True, help="A row for every linear layer instead of a summary.")
+@click.option("--graph", "graphs", is_flag=True, help="Operators before and after each graph pass, and per layer.")
+@click.option("--html", type=click.Path(path_type=Path), help="Write the report as one HTML page to this file.")
 @click.option("--verify", is_flag=True, help="Compare the digest of every file with the manifest's.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
-def command(build: Path, every_layer: bool, verify: bool, as_json: bool) -> None:
+def command(build: Path, every_layer: bool, graphs: bool, html: Path | None, verify: bool, as_json: bool) -> None:
     """Show what is in BUILD: layers, schemes, sizes, passes, measurements and the verdict."""
+    from llmopt.optimizer.cli._files import check_writable
     from llmopt.optimizer.manifest import Manifest
 
+    if html is not None:
+        check_writable(html)
     manifest = Manifest.load(build, verify=verify)
+    if html is not None:
+        _write_page(manifest, build, html)
     if as_json:
         click.echo(manifest.model_dump_json(indent=1))
         return
     from rich.console import Console
 
-    _show(manifest, Console(highlight=False, markup=False, emoji=False), every_layer=every_layer)
+    console = Console(highlight=False, markup=False, emoji=False)
+    if graphs:
+        _print_graphs(manifest, console)
+    elif html is None or every_layer:
+        _show(manifest, console, every_layer=every_layer)
+    if html is not None:
+        click.echo(f"{html}: the report of {build}")
     if verify:
         click.echo(f"verified: {len(manifest.files)} files are what the manifest says")
+
+
+def _write_page(manifest: "Manifest", build: Path, html: Path) -> None:
+    from llmopt.evaluation.report import page
+    from llmopt.optimizer.build_record import read_record
+
+    html.write_text(page(manifest, read_record(build)), encoding="utf-8")
+
+
+def _print_graphs(manifest: "Manifest", console: "Console") -> None:
+    from llmopt.evaluation.operators import effects_of
+    from llmopt.optimizer.cli._tables import graph_passes_table, operators_table
+    from llmopt.optimizer.errors import InputError
+
+    for engine in manifest.engines:
+        effects = effects_of(manifest.graph_passes.get(engine.path, []))
+        if not effects:
+            raise InputError(
+                f"the manifest does not say how many operators {engine.path} has",
+                hint="build it again with this llmopt",
+            )
+        console.print(graph_passes_table(engine.path, effects))
+        for effect in effects:
+            for reason, count in effect.declined.items():
+                console.print(f"{effect.name} declined {count}: {reason}", soft_wrap=True)
+        console.print(operators_table(effects[-1].after, engine.num_layers))
 
 
 def _show(manifest: "Manifest", console: "Console", *, every_layer: bool) -> None:

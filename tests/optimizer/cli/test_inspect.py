@@ -115,6 +115,85 @@ def test_notes_and_fallbacks_are_shown_as_they_were_written(inspect, copy: Path)
     assert ["", "", "weights are [out, in]"] in rows(shown)
 
 
+@pytest.fixture
+def with_operators(copy: Path) -> Path:
+    """A copy of the build whose engine of 3 layers went through two passes that counted operators."""
+    first = {"before": {"Mul": 6, "Sigmoid": 3, "MatMul": 21}, "after": {"QuickGelu": 3, "Mul": 3, "MatMul": 21}}
+    second = {"before": first["after"], "after": {"QuickGelu": 3, "Mul": 3, "com.microsoft::MatMulNBits": 1021}}
+    declined = ["no kernel for [half]", "no kernel for [half]", "in a loop"]
+    records = [
+        PassRecord(name="fuse_silu", changed=True, details={"applied": 3, "declined": declined, "operators": first}),
+        PassRecord(name="lower_linear", changed=True, details={"applied": 21, "declined": [], "operators": second}),
+        PassRecord(name="verify_lowering", changed=False, details={"layers.0": 1e-7}),
+    ]
+    Manifest.load(copy).model_copy(update={"graph_passes": {"engine/model.onnx": records}}).save(copy)
+    return copy
+
+
+def test_graph_shows_operators_before_and_after_each_pass(inspect, with_operators: Path) -> None:
+    code, shown, error = inspect(with_operators, "--graph")
+    assert (code, error) == (0, "")
+    found = rows(shown)
+    assert ["fuse_silu", "3", "30 → 27", "-3 Mul, -3 Sigmoid, +3 QuickGelu"] in found
+    assert ["lower_linear", "21", "27 → 1,027", "-21 MatMul, +1021 MatMulNBits"] in found
+    assert "verify_lowering" not in shown
+
+
+def test_graph_shows_why_near_matches_were_declined(inspect, with_operators: Path) -> None:
+    _, shown, _ = inspect(with_operators, "--graph")
+    assert "fuse_silu declined 2: no kernel for [half]\n" in shown
+    assert "fuse_silu declined 1: in a loop\n" in shown
+
+
+def test_graph_shows_the_engines_operators_per_decoder_layer(inspect, with_operators: Path) -> None:
+    _, shown, _ = inspect(with_operators, "--graph")
+    found = rows(shown)
+    assert found[-4:] == [
+        ["com.microsoft::MatMulNBits", "1,021", "340.33"],
+        ["Mul", "3", "1.00"],
+        ["QuickGelu", "3", "1.00"],
+        ["all", "1,027", "342.33"],
+    ]
+
+
+def test_graph_of_a_build_that_counted_no_operators_is_told(inspect, copy: Path) -> None:
+    record = PassRecord(name="fuse_silu", changed=True, details={"applied": 3, "declined": []})
+    Manifest.load(copy).model_copy(update={"graph_passes": {"engine/model.onnx": [record]}}).save(copy)
+    code, _, error = inspect(copy, "--graph")
+    assert code == 2
+    assert error == (
+        "error: the manifest does not say how many operators engine/model.onnx has\n"
+        "hint: build it again with this llmopt\n"
+    )
+
+
+def test_html_is_the_builds_report_with_its_files_and_cost(inspect, built: Path, tmp_path: Path) -> None:
+    file = tmp_path / "page.html"
+    assert inspect(built, "--html", file) == (0, f"{file}: the report of {built}\n", "")
+    html = file.read_text()
+    manifest = Manifest.load(built)
+    for words in (manifest.files["engine/model.onnx"].sha256, "to build,", "model.layers.2.mlp.down_proj"):
+        assert words in html
+    report = (built / "report.html").read_text()
+    assert manifest.files["engine/model.onnx"].sha256 not in report
+    assert "model.layers.2.mlp.down_proj" in report
+
+
+def test_html_of_a_build_without_its_record_is_written_too(inspect, copy: Path, tmp_path: Path) -> None:
+    (copy / "build-record.json").unlink()
+    assert inspect(copy, "--html", tmp_path / "page.html")[0] == 0
+    assert "to build," not in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize(("name", "said"), [("none/page.html", "is no directory"), (".", "is a directory")])
+def test_a_page_that_cannot_be_written_is_told_before_the_build_is_read(
+    inspect, tmp_path: Path, name: str, said: str
+) -> None:
+    code, shown, error = inspect(tmp_path / "no build", "--html", tmp_path / name)
+    assert (code, shown) == (2, "")
+    assert said in error
+
+
 def test_verify_says_how_many_files_it_compared(inspect, built: Path) -> None:
     code, shown, _ = inspect(built, "--verify")
     assert code == 0

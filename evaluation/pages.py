@@ -1,0 +1,90 @@
+"""HTML pages that load nothing: what the report of a build and that of a bisection share."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from llmopt.evaluation.operators import short_name
+
+__all__ = ["Segment", "measured", "megabytes", "rendered", "segments"]
+
+_WIDTH = 1000
+"""Of a bar, in the units of its SVG."""
+
+_COLOURS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A piece of a bar.
+
+    Attributes:
+        name: What it stands for.
+        value: How much of it.
+        text: The value for people.
+        colour: Its CSS class.
+        x: Where it begins.
+        width: Of 1000.
+    """
+
+    name: str
+    value: float
+    text: str
+    colour: str
+    x: float
+    width: float
+
+
+def segments(
+    values: Mapping[str, float], order: Sequence[str], *, total: float, texts: Mapping[str, str] | None = None
+) -> list[Segment]:
+    """The pieces of one bar.
+
+    Args:
+        values: Name -> value; zeros have no piece.
+        order: The names of all bars of a plot in the order of their colours; what is behind the eighth is grey.
+        total: What a whole bar stands for.
+        texts: Name -> the value for people.
+    """
+    found, x = [], 0.0
+    for index, name in enumerate(order):
+        value = values.get(name, 0)
+        if not value:
+            continue
+        width = _WIDTH * value / total
+        text = (texts or {}).get(name, f"{value:,}")
+        found.append(Segment(name, value, text, f"c{min(index, _COLOURS)}", round(x, 2), round(width, 2)))
+        x += width
+    return found
+
+
+def rendered(template: str, facts: Mapping[str, Any]) -> str:
+    """The page that ``evaluation/templates/`` has for ``facts``."""
+    environment = Environment(
+        autoescape=True,
+        undefined=StrictUndefined,
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"short": short_name, "megabytes": megabytes, "largest": _largest}
+    return environment.get_template(template).render(facts)
+
+
+def measured(metric: str, value: float) -> str:
+    """The value of a metric for people."""
+    if metric == "top1":
+        return f"{value:.2%}"
+    return f"{value:.4f}" if metric == "kl" else f"{value:.3f}"
+
+
+def megabytes(size: float) -> str:
+    """Bytes for people: ``138.2 MB``."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def _largest(values: Iterable[float | None]) -> float:
+    return max((value for value in values if value is not None), default=0.0)
