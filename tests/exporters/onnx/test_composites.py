@@ -7,23 +7,31 @@ import pytest
 import torch
 
 from llmopt.calibration.reference import quantize_per_token
-from llmopt.exporters.onnx.composites import DOMAIN, OPSET, quantize_dequantize_per_token, select_rows, slot_attention
+from llmopt.exporters.onnx.composites import (
+    DOMAIN,
+    OPSET,
+    experts,
+    quantize_dequantize_per_token,
+    select_rows,
+    sliding_window_mask,
+    slot_attention,
+)
 from llmopt.exporters.onnx.standard import IR_VERSION
 
 HEADS, KV_HEADS, HEAD_DIM, CAPACITY = 4, 2, 8, 12
-FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
+FLOAT, BOOL = ir.DataType.FLOAT, ir.DataType.BOOL
+KINDS = {"float32": FLOAT, "int64": ir.DataType.INT64, "bool": BOOL}
 
 
-def run(function, inputs, outputs=1, **attributes):
-    """Call ``function`` in a graph of one node; ``inputs`` maps its input names to arrays."""
-    kinds = {np.dtype(np.float32): FLOAT, np.dtype(np.int64): INT64}
+def run(function, inputs, outputs=1, dtype=FLOAT, **attributes):
+    """Call ``function`` in a graph of one node; ``inputs`` maps its input names to arrays, in order."""
     values = [
-        ir.Value(name=name, type=ir.TensorType(kinds[array.dtype]), shape=ir.Shape([None] * array.ndim))
+        ir.Value(name=name, type=ir.TensorType(KINDS[str(array.dtype)]), shape=ir.Shape([None] * array.ndim))
         for name, array in inputs.items()
     ]
     node = ir.node(function.name, values, attributes, domain=DOMAIN, num_outputs=outputs)
     for i, value in enumerate(node.outputs):
-        value.name, value.type = f"out{i}", ir.TensorType(FLOAT)
+        value.name, value.type = f"out{i}", ir.TensorType(dtype)
     graph = ir.Graph(values, node.outputs, nodes=[node], opset_imports={"": OPSET, DOMAIN: 1}, name="one")
     proto = ir.to_proto(ir.Model(graph, ir_version=IR_VERSION, functions=[function]))
     options = ort.SessionOptions()
@@ -74,13 +82,22 @@ def test_rows_count_through_batch_and_tokens(numbers):
     np.testing.assert_array_equal(found, x.reshape(12, 5)[rows])
 
 
-def turned(x, cos, sin):
-    """Rope of the two halves of ``[heads, head_dim]``."""
-    first, second = np.split(x, 2, -1)
-    return np.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+def seen(position, window):
+    """The cached tokens that the token at ``position`` sees."""
+    first = 0 if window is None else max(position - window + 1, 0)
+    return slice(first, position + 1)
 
 
-def naive_attention(query, key, value, past_key, past_value, lengths, cos, sin, scale):
+def mask_of(window, lengths, tokens):
+    """Token by token: bool ``[batch, 1, tokens, CAPACITY]``."""
+    mask = np.zeros((len(lengths), 1, tokens, CAPACITY), bool)
+    for b, length in enumerate(lengths):
+        for t in range(tokens):
+            mask[b, 0, t, seen(length + t, window)] = True
+    return mask
+
+
+def naive_attention(query, key, value, past_key, past_value, lengths, *, scale, softcap, window):
     """Token by token and head by head, in float64."""
     past_key, past_value = past_key.astype(np.float64), past_value.astype(np.float64)
     batch, tokens, _ = query.shape
@@ -88,20 +105,28 @@ def naive_attention(query, key, value, past_key, past_value, lengths, cos, sin, 
     for b in range(batch):
         for t in range(tokens):
             p = lengths[b] + t
-            past_key[b, :, p] = turned(key[b, t].reshape(KV_HEADS, HEAD_DIM), cos[p], sin[p])
+            past_key[b, :, p] = key[b, t].reshape(KV_HEADS, HEAD_DIM)
             past_value[b, :, p] = value[b, t].reshape(KV_HEADS, HEAD_DIM)
-            for head, q in enumerate(turned(query[b, t].reshape(HEADS, HEAD_DIM), cos[p], sin[p])):
-                kv = head // (HEADS // KV_HEADS)
-                weights = np.exp(scale * past_key[b, kv, : p + 1] @ q)
-                output[b, t, head] = weights @ past_value[b, kv, : p + 1] / weights.sum()
+            for head, q in enumerate(query[b, t].reshape(HEADS, HEAD_DIM)):
+                kv, reached = head // (HEADS // KV_HEADS), seen(p, window)
+                scores = scale * past_key[b, kv, reached] @ q
+                if softcap:
+                    scores = softcap * np.tanh(scores / softcap)
+                weights = np.exp(scores)
+                output[b, t, head] = weights @ past_value[b, kv, reached] / weights.sum()
     return output.reshape(batch, tokens, -1), past_key, past_value
 
 
-@pytest.mark.parametrize(("tokens", "lengths"), [(5, [0]), (5, [7]), (4, [0, 0, 0]), (1, [0, 5, 11]), (3, [2, 9, 0])])
-@pytest.mark.parametrize("scale", [HEAD_DIM**-0.5, 1.0])
-def test_attention_is_the_naive_one(numbers, tokens, lengths, scale):
+CALLS = pytest.mark.parametrize(
+    ("tokens", "lengths"), [(5, [0]), (5, [7]), (4, [0, 0, 0]), (1, [0, 5, 11]), (3, [2, 9, 0])]
+)
+
+
+@CALLS
+@pytest.mark.parametrize("window", [None, 1, 3, 7, CAPACITY + 1])
+@pytest.mark.parametrize(("scale", "softcap"), [(HEAD_DIM**-0.5, 0.0), (1.0, 0.0), (2.0, 1.5)])
+def test_attention_is_the_naive_one(numbers, tokens, lengths, window, scale, softcap):
     batch = len(lengths)
-    angles = np.arange(CAPACITY)[:, None] / 10 ** (np.arange(HEAD_DIM // 2) / 4)
     inputs = {
         "query": numbers(batch, tokens, HEADS * HEAD_DIM),
         "key": numbers(batch, tokens, KV_HEADS * HEAD_DIM),
@@ -109,10 +134,73 @@ def test_attention_is_the_naive_one(numbers, tokens, lengths, scale):
         "past_key": numbers(batch, KV_HEADS, CAPACITY, HEAD_DIM),
         "past_value": numbers(batch, KV_HEADS, CAPACITY, HEAD_DIM),
         "past_lengths": np.array(lengths),
-        "cos": np.cos(angles).astype(np.float32),
-        "sin": np.sin(angles).astype(np.float32),
     }
-    function = slot_attention(num_heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM)
-    found = run(function, inputs, 3, num_heads=HEADS, kv_num_heads=KV_HEADS, scale=scale)
-    for result, expected in zip(found, naive_attention(*inputs.values(), scale), strict=True):
-        np.testing.assert_allclose(result, expected, atol=1e-5)
+    expected = naive_attention(*inputs.values(), scale=scale, softcap=softcap, window=window)
+    if window is not None:
+        inputs["mask"] = mask_of(window, lengths, tokens)
+    found = run(
+        slot_attention(), inputs, 3,
+        num_heads=HEADS, kv_num_heads=KV_HEADS, scale=scale, softcap=softcap, is_causal=int(window is None),
+    )  # fmt: skip
+    for result, wanted in zip(found, expected, strict=True):
+        np.testing.assert_allclose(result, wanted, atol=1e-5)
+
+
+@CALLS
+@pytest.mark.parametrize("window", [1, 3, 7, CAPACITY + 1])
+def test_a_window_reaches_back_from_each_token(numbers, tokens, lengths, window):
+    positions = np.array(lengths)[:, None] + np.arange(tokens)
+    past_key = numbers(len(lengths), KV_HEADS, CAPACITY, HEAD_DIM)
+    (found,) = run(sliding_window_mask(), {"positions": positions, "past_key": past_key}, dtype=BOOL, window=window)
+    np.testing.assert_array_equal(found, mask_of(window, lengths, tokens))
+
+
+ACTIVATIONS = {
+    "silu": torch.nn.functional.silu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    "relu": torch.relu,
+}
+
+
+def naive_experts(x, scores, gate_up, down, *, activation, top_k, normalize):
+    """Token by token and expert by expert, in float64."""
+    tokens, logits, gate_up, down = (torch.from_numpy(array).double() for array in (x, scores, gate_up, down))
+    flat = tokens.reshape(-1, tokens.shape[-1])
+    output = torch.zeros_like(flat)
+    for t, probabilities in enumerate(logits.reshape(len(flat), -1).softmax(-1)):
+        best = probabilities.argsort(descending=True)[:top_k]
+        total = probabilities[best].sum() if normalize else 1
+        for e in best:
+            gate, up = (flat[t] @ gate_up[e]).chunk(2)
+            output[t] += probabilities[e] / total * ((ACTIVATIONS[activation](gate) * up) @ down[e])
+    return output.reshape(tokens.shape).numpy()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("top_k", [1, 2, 5])
+@pytest.mark.parametrize("shape", [(6,), (2, 3), (4, 1)])
+def test_a_mixture_is_the_naive_one(numbers, activation, normalize, top_k, shape):
+    inputs = {
+        "x": numbers(*shape, 16),
+        "scores": numbers(*shape, 5),
+        "gate_up": numbers(5, 16, 24),
+        "down": numbers(5, 12, 16),
+    }
+    (found,) = run(experts(activation), inputs, top_k=top_k, normalize=int(normalize))
+    expected = naive_experts(*inputs.values(), activation=activation, top_k=top_k, normalize=normalize)
+    np.testing.assert_allclose(found, expected, atol=1e-6 * np.abs(expected).max())
+
+
+def test_the_shares_of_far_apart_scores_are_finite(numbers):
+    """Where a softmax leaves nothing of the second best, its share is zero and not undefined."""
+    inputs = {
+        "x": numbers(1, 3, 16),
+        "scores": 300 * numbers(1, 3, 5),
+        "gate_up": numbers(5, 16, 24),
+        "down": numbers(5, 12, 16),
+    }
+    (found,) = run(experts("silu"), inputs, top_k=2, normalize=1)
+    expected = naive_experts(*inputs.values(), activation="silu", top_k=2, normalize=True)
+    np.testing.assert_allclose(found, expected, atol=1e-6 * np.abs(expected).max())
