@@ -126,17 +126,17 @@ class _Graph:
         key = self._norm_heads(attention, attention.key_norm, attention.kv_heads, key)
         query = self._rotated(attention, attention.heads, query, f"{layer.name}.attention.query")
         key = self._rotated(attention, attention.kv_heads, key, f"{layer.name}.attention.key")
-        mask = None if attention.window is None else self._mask(attention.window, self.past[i][0])
+        mask = [] if attention.window is None else [self._mask(attention.window, self.past[i][0])]
         self.functions.setdefault("SlotAttention", composites.slot_attention())
         attended, *present = self.builder.op_multi(
-            "SlotAttention", query, key, value, *self.past[i], self.lengths, mask,
+            "SlotAttention", query, key, value, *self.past[i], self.lengths, *mask,
             names=(f"{layer.name}.attention.output", f"present.{i}.key", f"present.{i}.value"),
             domain=DOMAIN,
             num_heads=attention.heads,
             kv_num_heads=attention.kv_heads,
             scale=attention.scale,
             softcap=attention.softcap or 0.0,
-            is_causal=int(mask is None),
+            is_causal=int(not mask),
         )  # fmt: skip
         for value_out, like in zip(present, self._cache("present", i), strict=True):
             value_out.type, value_out.shape = like.type, like.shape

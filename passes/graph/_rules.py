@@ -13,7 +13,10 @@ __all__ = ["apply_groups", "apply_rules", "attribute", "producer", "same_shape"]
 
 
 class _Declined(pattern.MatchingTracer):  # type: ignore[misc]
-    """Collects the reasons of rules whose pattern matched and whose check said no."""
+    """Collects the reasons of rules whose pattern matched and whose check said no.
+
+    A check that fails without a reason has found what needs no rewriting: that is no near-match.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -21,7 +24,7 @@ class _Declined(pattern.MatchingTracer):  # type: ignore[misc]
 
     def log(self, rule: Any, container: Any, node: ir.Node, match_result: Any, status: Any) -> None:
         """See ``MatchingTracer.log``."""
-        if status == pattern.MatchStatus.CONDITION_FAILED:
+        if status == pattern.MatchStatus.CONDITION_FAILED and match_result.reason:
             where = node.outputs[0].name
             self.reasons.append(f"{where}: {match_result.reason}")
 
@@ -45,16 +48,19 @@ def apply_groups(
         commute: Whether additions and multiplications also match with their operands exchanged.
     """
     applied, tracer = 0, _Declined()
+    # The same graph without the composites' functions: their bodies are references, and no rule may change them.
+    main = ir.Model(graph.graph, ir_version=graph.ir_version)
     for rules in groups:
         rule_set = pattern.RewriteRuleSet(list(rules), commute=commute)
-        while count := rule_set.apply_to_model(graph):
+        while count := rule_set.apply_to_model(main):
             applied += count
             # Merges what several matches made alike, which lets the next round see one consumer instead of two.
-            common.TopologicalSortPass()(graph)
-            common.CommonSubexpressionEliminationPass()(graph)
-            common.RemoveUnusedNodesPass()(graph)
-            common.ShapeInferencePass()(graph)
-        rule_set.apply_to_model(graph, tracer=tracer)
+            common.TopologicalSortPass()(main)
+            common.CommonSubexpressionEliminationPass()(main)
+            common.RemoveUnusedNodesPass()(main)
+        rule_set.apply_to_model(main, tracer=tracer)
+    if applied:
+        common.ShapeInferencePass()(graph)
     context.detail("applied", applied)
     context.detail("declined", sorted(set(tracer.reasons)))
 

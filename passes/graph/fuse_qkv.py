@@ -22,30 +22,37 @@ class _Projection:
 
     Attributes:
         x, weight, bias: ``x`` times weight plus bias.
-        output: The linear's result.
-        between: The operators between it and the attention, in order of the data.
+        between: The operators between the linear and the attention, in order of the data.
+        made: What it and these operators make.
     """
 
     x: ir.Value
     weight: ir.Value
     bias: ir.Value | None
-    output: ir.Value
     between: tuple[ir.Node, ...]
+    made: tuple[ir.Value, ...]
 
 
-def _projection(value: ir.Value | None) -> _Projection | None:
-    """The linear that ``value`` comes from, or None when it does not come from one."""
+def _source(value: ir.Value | None) -> tuple[ir.Value | None, tuple[ir.Node, ...]]:
+    """What a projection's operators start from, and these operators in order of the data."""
     between: list[ir.Node] = []
     while value is not None and (node := value.producer()) is not None and node.op_type in _BETWEEN:
         between.insert(0, node)
         value = node.inputs[0]
-    product, bias = value, None
-    if (addition := producer(value, "Add")) is not None:
+    return value, tuple(between)
+
+
+def _projection(value: ir.Value | None) -> _Projection | None:
+    """The linear that ``value`` comes from, or None when it does not come from one."""
+    product, between = _source(value)
+    bias = None
+    if (addition := producer(product, "Add")) is not None:
         product, bias = sorted(addition.inputs, key=lambda operand: producer(operand, "MatMul") is None)
     matmul = producer(product, "MatMul")
-    if matmul is None or value is None or matmul.inputs[0] is None or matmul.inputs[1] is None:
+    if matmul is None or matmul.inputs[0] is None or matmul.inputs[1] is None:
         return None
-    return _Projection(matmul.inputs[0], matmul.inputs[1], bias, value, tuple(between))
+    nodes = (matmul, *([] if addition is None else [addition]), *between)
+    return _Projection(matmul.inputs[0], matmul.inputs[1], bias, between, tuple(node.outputs[0] for node in nodes))
 
 
 class _QkvRule(pattern.RewriteRuleClassBase):  # type: ignore[misc]
@@ -68,12 +75,16 @@ class _QkvRule(pattern.RewriteRuleClassBase):  # type: ignore[misc]
 
     def check(self, context: Any, query: ir.Value, key: ir.Value, value: ir.Value, **_: Any) -> Any:
         result = pattern.MatchResult()
+        if _is_packed(query, key, value):
+            return result.fail()
         found = [_projection(one) for one in (query, key, value)]
         projections = [projection for projection in found if projection is not None]
         if len(projections) < len(found):
             return result.fail("query, key and value are not each the product of a linear")
         if len({id(projection.x) for projection in projections}) > 1:
             return result.fail("the linears read different inputs")
+        if any(len(value.uses()) > 1 or value.is_graph_output() for one in projections for value in one.made):
+            return result.fail("a linear's result is read by something else too")
         biases = [projection.bias for projection in projections]
         if any(bias is None for bias in biases) and any(bias is not None for bias in biases):
             return result.fail("some of the linears have a bias and some have none")
@@ -93,6 +104,12 @@ class _QkvRule(pattern.RewriteRuleClassBase):  # type: ignore[misc]
         parts = op.Split(packed, sizes, axis=-1, _outputs=len(projections))
         inputs = [_again(op, part, one.between) for part, one in zip(parts, projections, strict=True)]
         return op.SlotAttention(*inputs, *node.inputs[3:], _domain="llmopt", _outputs=3, **node.attributes)
+
+
+def _is_packed(*values: ir.Value) -> bool:
+    """Whether the values are already parts of one."""
+    splits = [producer(_source(value)[0], "Split") for value in values]
+    return splits[0] is not None and all(split is splits[0] for split in splits)
 
 
 def _again(op: Any, x: Any, nodes: tuple[ir.Node, ...]) -> Any:

@@ -40,10 +40,9 @@ class _AttentionRule(pattern.RewriteRuleClassBase):  # type: ignore[misc]
             return result.fail("the graph has no input_ids to count tokens by")
         node = attended.producer()
         assert node is not None
-        mask = _mask(node)
-        if mask is not None and producer(mask, "SlidingWindowMask") is None:
+        if _mask(node) is not None and _window(node) is None:
             return result.fail("the kernel takes a sliding window, not any mask")
-        if mask is None and not attribute(node, "is_causal", 0):
+        if _mask(node) is None and not attribute(node, "is_causal", 0):
             return result.fail("the kernel's attention is causal")
         return result
 
@@ -71,8 +70,8 @@ def _attributes(node: ir.Node) -> dict[str, Any]:
     softcap = node.attributes["softcap"].as_float() if "softcap" in node.attributes else 0.0
     if softcap:
         chosen["softcap"] = softcap
-    if (mask := producer(_mask(node), "SlidingWindowMask")) is not None:
-        chosen["local_window_size"] = attribute(mask, "window", -1)
+    if (window := _window(node)) is not None:
+        chosen["local_window_size"] = attribute(window, "window", -1)
     if _rope(node) is not None:
         chosen |= {"do_rotary": 1, "rotary_interleaved": 0}
     return chosen
@@ -82,12 +81,36 @@ def _mask(node: ir.Node) -> ir.Value | None:
     return node.inputs[6] if len(node.inputs) > 6 else None
 
 
+def _window(node: ir.Node) -> ir.Node | None:
+    """The sliding window that the attention's mask is, if it is one."""
+    mask = producer(_mask(node), "SlidingWindowMask")
+    return mask if mask is not None and _are_positions(mask.inputs[0], node.inputs[5]) else None
+
+
+def _are_positions(value: ir.Value | None, lengths: ir.Value | None) -> bool:
+    """Whether ``value`` counts on from the cached tokens, as the kernel does by itself."""
+    addition = producer(value, "Add")
+    if addition is None:
+        return False
+    first, count = (
+        producer(operand, kind) for operand, kind in zip(addition.inputs, ("Unsqueeze", "Range"), strict=True)
+    )
+    return first is not None and first.inputs[0] is lengths and count is not None and _is_zero(count.inputs[0])
+
+
+def _is_zero(value: ir.Value | None) -> bool:
+    constant = None if value is None else ir.convenience.get_const_tensor(value)
+    return constant is not None and not constant.numpy().any()
+
+
 def _rope(node: ir.Node) -> tuple[ir.Node, ir.Node] | None:
     """The RotaryEmbedding of query and key, if both are the same and the kernel can do it."""
     query, key = (producer(x, "RotaryEmbedding") for x in node.inputs[:2])
     if query is None or key is None or list(query.inputs[1:]) != list(key.inputs[1:]):
         return None
     if any(attribute(rope, "interleaved", 0) for rope in (query, key)):
+        return None
+    if not _are_positions(query.inputs[3], node.inputs[5]):
         return None
     cos = query.inputs[1]
     columns = cos.shape[1] if cos is not None and cos.shape is not None else None

@@ -3,6 +3,7 @@
 import sys
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from llmopt.exporters.onnx.verify import verify_lowering
@@ -117,12 +118,20 @@ def test_without_onnxruntime_the_extra_is_named(model_of, monkeypatch):
 
 def test_a_cache_that_decoding_misreads_is_caught(model_of, monkeypatch):
     """A rope that turns backwards is the same at position 0 and wrong wherever there is a past."""
-    rewrite = lower_attention._AttentionRule.rewrite
+    rope = lower_attention._rope
 
-    def backwards(self, op, lengths, attended, **matched):
-        return rewrite(self, op, lengths, attended, **{**matched, "sin": op.Neg(matched["sin"])})
+    def backwards(node):
+        query, key = rope(node)
+        sin = query.inputs[2]
+        if sin.name != "backwards":
+            tensor = ir.tensor(-sin.const_value.numpy(), name="backwards")
+            turned = ir.Value(name="backwards", const_value=tensor, type=sin.type, shape=sin.shape)
+            query.graph.register_initializer(turned)
+            for one in (query, key):
+                one.replace_input_with(2, turned)
+        return query, key
 
-    monkeypatch.setattr(lower_attention._AttentionRule, "rewrite", backwards)
+    monkeypatch.setattr(lower_attention, "_rope", backwards)
     with pytest.raises(VerificationError, match="layer 0"):
         verified(model_of(num_hidden_layers=1))
 
