@@ -5,6 +5,8 @@ CONTRIBUTING.md, where NAME is a key of ``BLOCKS``. Everything else in those fil
 """
 
 import argparse
+import importlib
+import inspect
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +16,7 @@ from typing import Any
 import click
 
 from llmopt.optimizer import loader
+from llmopt.optimizer.arch import known
 from llmopt.optimizer.cli.main import cli
 from llmopt.optimizer.gates import Gate
 from llmopt.optimizer.options import options_of, words_of
@@ -68,6 +71,15 @@ def graph_passes() -> str:
     return table(("graph pass", "what it does"), rows)
 
 
+def families() -> str:
+    """One line per family: its file, the architectures it covers, and the first line of the file."""
+    rows = []
+    for arch in known():
+        text = inspect.getdoc(importlib.import_module(f"llmopt.optimizer.arch.{arch.name}")) or ""
+        rows.append((f"`{arch.name}`", ", ".join(f"`{name}`" for name in arch.models), text.splitlines()[0]))
+    return table(("file", "architectures", "what it is"), rows)
+
+
 def exporter_options() -> str:
     """Every exporter with its options."""
     return _option_sections("exporters")
@@ -98,6 +110,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "command help": command_help,
     "recipe": recipe_keys,
     "passes": pass_options,
+    "families": families,
     "graph passes": graph_passes,
     "exporters": exporter_options,
     "gates": gate_options,

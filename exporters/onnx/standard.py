@@ -227,15 +227,21 @@ class _Graph:
         made = f"{norm.name}({x.name})"
         if made in self.made:
             return self.made[made]
-        builder, weights, name = self.builder, self.model.weights, norm.name
-        weight = vector(builder, f"{name}.weight", weights[f"{name}.weight"], offset=norm.offset)
-        if norm.kind == "rms":
-            y = builder.op("RMSNormalization", x, weight, axis=-1, epsilon=norm.epsilon, name=f"{name}.output")
-        else:
-            bias = vector(builder, f"{name}.bias", weights[f"{name}.bias"])
-            y = builder.op("LayerNormalization", x, weight, bias, axis=-1, epsilon=norm.epsilon, name=f"{name}.output")
-        self.made[made] = y
+        output = f"{norm.name}.output"
+        name = output if output not in self.made else f"{output}({x.name})"
+        kind = "RMSNormalization" if norm.kind == "rms" else "LayerNormalization"
+        inputs = [self._vector(f"{norm.name}.weight", offset=norm.offset)]
+        if norm.kind == "layer":
+            inputs.append(self._vector(f"{norm.name}.bias"))
+        y = self.builder.op(kind, x, *inputs, axis=-1, epsilon=norm.epsilon, name=name)
+        self.made[made] = self.made[output] = y
         return y
+
+    def _vector(self, name: str, *, offset: float = 0.0) -> ir.Value:
+        """A norm's weight or bias, once for all that read it."""
+        if name not in self.made:
+            self.made[name] = vector(self.builder, name, self.model.weights[name], offset=offset)
+        return self.made[name]
 
     def _linear(self, module: str, x: ir.Value, *, order: np.ndarray | None = None) -> ir.Value:
         """``x`` times the module's weight, plus its bias; with ``order`` the outputs are in that order of rows."""
