@@ -10,6 +10,9 @@ from llmopt.passes.graph._rules import apply_rules, attribute, producer
 
 __all__ = ["LowerAttention"]
 
+_HEAD_MULTIPLE = 8
+"""The kernel takes heads of a multiple of this many columns."""
+
 _ROTARY_MULTIPLE = 16
 """The kernel rotates whole vectors: of a head's columns it takes a multiple of this."""
 
@@ -34,10 +37,13 @@ class _AttentionRule(pattern.RewriteRuleClassBase):  # type: ignore[misc]
             _outputs=["attended", "present_key", "present_value"],
         )  # fmt: skip
 
-    def check(self, context: Any, attended: ir.Value, **_: Any) -> Any:
+    def check(self, context: Any, attended: ir.Value, past_key: ir.Value, **_: Any) -> Any:
         result = pattern.MatchResult()
         if self._ids is None:
             return result.fail("the graph has no input_ids to count tokens by")
+        columns = past_key.shape[3] if past_key.shape is not None else None
+        if not isinstance(columns, int) or columns % _HEAD_MULTIPLE:
+            return result.fail(f"the kernel takes heads of a multiple of {_HEAD_MULTIPLE} columns, not of {columns}")
         node = attended.producer()
         assert node is not None
         if _mask(node) is not None and _window(node) is None:
@@ -133,6 +139,8 @@ class LowerAttention(GraphPass):
         """See ``GraphPass.run``."""
         ids = next((value for value in graph.graph.inputs if value.name == "input_ids"), None)
         apply_rules(graph, [_AttentionRule.rule(ids)], context)
+        if left := [str(node.outputs[0].name) for node in graph.graph if node.op_type == "SlotAttention"]:
+            context.fallback(f"{len(left)} attentions take time in proportion to the cache's capacity: {left[0]}")
         if separate := [str(node.name) for node in graph.graph if node.op_type == "RotaryEmbedding"]:
             context.note(f"{len(separate)} rotary embeddings stay operators of their own")
         return graph

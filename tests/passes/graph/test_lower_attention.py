@@ -279,3 +279,17 @@ def test_tokens_that_cannot_be_counted_are_declined(rewrite, graph_of, attention
     assert result.applied == 0
     assert result.unchanged
     assert result.declined == ["attended: the graph has no input_ids to count tokens by"]
+
+
+def test_heads_the_kernel_does_not_take_stay_standard_operators(rewrite, graph_of, numbers):
+    def write(builder, packed, past_key, past_value, ids, lengths):
+        return attend(builder, parts_of(builder, packed, (48, 24, 24)), (past_key, past_value), lengths)
+
+    shapes = {name: ("float32", ("batch", 2, CAPACITY, 12)) for name in ("past_key", "past_value")}
+    graph = graph_of(write, packed=("float32", ("batch", "tokens", 96)), **shapes, **CONTRACT)
+    caches = {name: numbers(1, 2, CAPACITY, 12) for name in shapes}
+    call = {"packed": numbers(1, 4, 96), "input_ids": np.zeros((1, 4), np.int64), "past_lengths": np.array([3])}
+    result = rewrite("lower_attention", graph, call | caches)
+    assert (result.applied, result.ops["SlotAttention"]) == (0, 1)
+    assert "the kernel takes heads of a multiple of 8 columns, not of 12" in result.declined[0]
+    assert result.is_identical()
