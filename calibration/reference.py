@@ -1,25 +1,32 @@
 """The one place that executes a ``Model``: every other engine is judged against what this computes.
 
 transformers' own modules are built without memory (on the meta device) and hold the weights of one part at a time: the
-embedding, a decoder layer, or the head. How a layer is called (masks, rotary tables) is taken from transformers' own
-forward pass, by running it once with layers that only write down their arguments; so a family needs no code here.
+embedding, a decoder layer, or the head; tables of positions, projections beside the embedding and the final norm are
+small and stay. How a layer is called (masks, rotary tables) is taken from transformers' own forward pass, by running it
+once with layers that only write down their arguments; so a family needs no code here.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 
+from llmopt.calibration.skeleton import Tables, skeleton
 from llmopt.optimizer.errors import InputError, UnsupportedError
 from llmopt.optimizer.model import Model, QuantWeight
+from llmopt.optimizer.parameters import Parameter, module_parameters, their_name
 from llmopt.optimizer.scheme import QuantSpec
 
 __all__ = ["Reference", "quantize_per_token"]
 
 _BATCH_TOKENS = 2048
+
+_Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""How transformers calls a layer: what it passes behind the hidden states, by position and by name."""
 
 
 def quantize_per_token(x: Tensor) -> Tensor:
@@ -66,21 +73,24 @@ class Reference:
         self.dtype = dtype
         self.resident = resident
         self._threads = threads
-        self._network: Any = _skeleton(model, dtype)
-        self._base: Any = self._network.base_model
-        self._layers: nn.ModuleList = self._base.layers
+        self._network: Any = skeleton(model, dtype)
+        self._tables = Tables(self._network)
+        shapes = {name: tuple(p.shape) for name, p in self._network.named_parameters(remove_duplicate=False)}
+        self._parameters = module_parameters(shapes, model.arch)
+        self._layers: Any = self._module(model.arch.layer.rpartition(".")[0])
         self._filled: dict[str, nn.Module] = {}
-        self._arguments: tuple[tuple[int, int], list[dict[str, Any]]] | None = None
-        arch = model.arch
-        self._load(arch.final_norm)
-        self._filled.clear()  # the final norm is small: it stays
-        for name in model.linears():
-            weight = model.weights.get(model.weight_of(name))
-            if isinstance(weight, QuantWeight) and weight.scheme.input_activations is not None:
-                _quantize_inputs(self._network.get_submodule(name), weight.scheme.input_activations)
+        self._arguments: tuple[tuple[int, int], list[_Arguments]] | None = None
+        decoder = model.decoder
+        norm = None if decoder.final_norm is None else decoder.final_norm.name
+        for part in (decoder.positions, decoder.project_in, norm, decoder.project_out):
+            if part is not None:
+                self._load(part)
+        self._filled.clear()  # these stay
+        self._in_tuples = self._layers_return_tuples()
+        self._quantize_activations()
         if resident:
-            for name in (arch.embedding, *map(self._layer_name, range(model.num_layers)), arch.head):
-                self._load(name)
+            for part in (decoder.embedding, *(layer.name for layer in decoder.layers), decoder.head):
+                self._load(part)
 
     @property
     def network(self) -> nn.Module:
@@ -99,13 +109,13 @@ class Reference:
         """
         entering: list[Tensor] = []
 
-        def keep(index: int, hidden: Tensor, **_: Any) -> Tensor:
+        def keep(index: int, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
             if index == 0:
                 entering.append(hidden)
             return hidden
 
-        with self._running(self.model.arch.embedding), self._layers_as(keep):
-            self._base(input_ids=ids, use_cache=False)
+        with self._running(self.model.decoder.embedding), self._layers_as(keep):
+            self._network.base_model(input_ids=ids, use_cache=False)
         return entering[0]
 
     def layer(self, index: int, hidden: Tensor) -> Tensor:
@@ -113,10 +123,11 @@ class Reference:
 
         Each of the n sequences starts at position 0 and attends causally to itself.
         """
-        arguments = self._call_arguments(hidden.shape[0], hidden.shape[1])[index]
-        with self._running(self._layer_name(index)):
-            result: Tensor = self._layers[index](hidden, **arguments)
-        return result
+        by_position, by_name = self._call_arguments(hidden.shape[0], hidden.shape[1])[index]
+        with self._running(self.model.decoder.layers[index].name):
+            result = self._layers[index](hidden, *by_position, **by_name)
+        left: Tensor = result[0] if self._in_tuples else result
+        return left
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits: final norm and head, float32 ``[..., vocab]`` for ``hidden`` float32 ``[..., d]``.
@@ -124,8 +135,8 @@ class Reference:
         The caller bounds memory by passing few rows at a time.
         """
         rows = hidden.reshape(-1, 1, hidden.shape[-1])
-        with self._running(self.model.arch.head), self._layers_as(lambda i, x, **_: rows):
-            logits: Tensor = self._network(inputs_embeds=torch.zeros_like(rows), use_cache=False).logits
+        with self._running(self.model.decoder.head), self._layers_as(lambda *_, **__: rows):
+            logits: Tensor = self._network(inputs_embeds=self._nothing(len(rows), 1), use_cache=False).logits
         return logits.reshape(*hidden.shape[:-1], -1)
 
     def hidden_states(self, ids: Tensor, *, progress: Callable[[int, int], None] = lambda done, total: None) -> Tensor:
@@ -156,13 +167,16 @@ class Reference:
         The ids are added to ``cache``, which starts as an empty ``DynamicCache()``. Needs ``resident=True``.
         """
         assert self.resident, "decoding visits every layer for each token"
-        with self._running(self.model.arch.head):
+        if cache.get_seq_length() == 0:
+            self._tables.restore()
+        with self._running(self.model.decoder.head):
             result = self._network(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         logits: Tensor = result.logits[:, -1]
         return logits
 
-    def _layer_name(self, index: int) -> str:
-        return self.model.arch.layer.format(i=index)
+    def _module(self, name: str) -> Any:
+        """The module that transformers has for one of ours."""
+        return self._network.get_submodule(their_name(self.model.arch, name))
 
     @contextmanager
     def _running(self, part: str) -> Iterator[None]:
@@ -182,66 +196,92 @@ class Reference:
             torch.set_num_threads(before)
 
     def _load(self, part: str) -> None:
-        module = self._network.get_submodule(part)
-        values = {}
-        for name, wanted in module.state_dict().items():
-            source = self.model.weight_of(part) if f"{part}.{name}" == f"{part}.weight" else f"{part}.{name}"
-            weight = self.model.weights.get(source)
-            if weight is None:
-                raise InputError(f"{self.model.source.spec} has no weight {source}, which its config.json asks for")
-            if weight.shape != tuple(wanted.shape):
-                raise InputError(
-                    f"{source} has shape {list(weight.shape)}, config.json asks for {list(wanted.shape)}",
-                    hint="the checkpoint's config.json and its weights do not belong together",
-                )
-            values[name] = weight.dense().to(self.dtype)
+        module = self._module(part)
+        prefix = their_name(self.model.arch, part)
+        values = {name: self._value(self._parameters[f"{prefix}.{name}"]) for name, _ in module.named_parameters()}
         module.load_state_dict(values, assign=True)
         module.requires_grad_(False)
         self._filled[part] = module
 
+    def _value(self, parameter: Parameter) -> Tensor:
+        """A parameter of transformers' module, made of the model's weights, one of them in memory beside it."""
+        return parameter.join(self._dense(name, parameter.weight_shape) for name in parameter.weights)
+
+    def _dense(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        name = self.model.weight_of(self.model.decoder.head) if name == f"{self.model.decoder.head}.weight" else name
+        weight = self.model.weights.get(name)
+        if weight is None:
+            raise InputError(f"{self.model.source.spec} has no weight {name}, which its config.json asks for")
+        if weight.shape != shape:
+            raise InputError(
+                f"{name} has shape {list(weight.shape)}, config.json asks for {list(shape)}",
+                hint="the checkpoint's config.json and its weights do not belong together",
+            )
+        return weight.dense().to(self.dtype)
+
+    def _quantize_activations(self) -> None:
+        """Round what enters linears whose scheme says so, from now on."""
+        stacked = {
+            name for parameter in self._parameters.values() if parameter.is_stacked for name in parameter.weights
+        }
+        for module in self.model.linears():
+            name = self.model.weight_of(module)
+            weight = self.model.weights.get(name)
+            if not isinstance(weight, QuantWeight) or weight.scheme.input_activations is None:
+                continue
+            if name in stacked:
+                raise UnsupportedError(
+                    f"{module} is an expert with quantized inputs, which transformers' module cannot compute",
+                    hint="quantize the weights of experts only, as W8A16 or W4A16 do",
+                )
+            _quantize_inputs(self._module(module), weight.scheme.input_activations)
+
     @contextmanager
     def _layers_as(self, forward: Callable[..., Tensor]) -> Iterator[None]:
-        """Have each layer compute ``forward(index, hidden, **arguments)`` instead of its own function."""
+        """Have each layer compute ``forward(index, hidden, ...)`` instead of its own function."""
+
+        def instead(index: int, hidden: Tensor, *by_position: Any, **by_name: Any) -> Tensor | tuple[Tensor]:
+            result = forward(index, hidden, *by_position, **by_name)
+            return (result,) if self._in_tuples else result
+
         for index, layer in enumerate(self._layers):
-            layer.forward = lambda hidden, index=index, **arguments: forward(index, hidden, **arguments)
+            layer.forward = partial(instead, index)
         try:
             yield
         finally:
             for layer in self._layers:
                 del layer.forward
 
-    def _call_arguments(self, n: int, t: int) -> list[dict[str, Any]]:
+    def _layers_return_tuples(self) -> bool:
+        """Whether transformers takes the first element of what a layer returns, as in Falcon.
+
+        Of a tensor it would take the first sequence: then the last hidden state has a dimension less.
+        """
+        self._in_tuples = False
+        hidden = torch.zeros(1, 1, self.model.decoder.hidden_size, dtype=self.dtype)
+        with torch.no_grad(), self._layers_as(lambda *_, **__: hidden):
+            last: Tensor = self._network.base_model(inputs_embeds=self._nothing(1, 1), use_cache=False)[0]
+        return last.ndim < hidden.ndim
+
+    def _call_arguments(self, n: int, t: int) -> list[_Arguments]:
         """How transformers calls each layer for n sequences of t tokens."""
         if self._arguments is None or self._arguments[0] != (n, t):
-            calls: list[dict[str, Any]] = []
+            calls: list[_Arguments] = []
 
-            def write_down(_: int, hidden: Tensor, **arguments: Any) -> Tensor:
-                calls.append(arguments)
+            def write_down(_: int, hidden: Tensor, *by_position: Any, **by_name: Any) -> Tensor:
+                calls.append((by_position, by_name))
                 return hidden
 
-            hidden = torch.zeros(n, t, self.model.config["hidden_size"], dtype=self.dtype)
+            self._tables.restore()
             with torch.no_grad(), self._layers_as(write_down):
-                self._base(inputs_embeds=hidden, use_cache=False)
+                self._network.base_model(inputs_embeds=self._nothing(n, t), use_cache=False)
             self._arguments = ((n, t), calls)
         return self._arguments[1]
 
-
-def _skeleton(model: Model, dtype: torch.dtype) -> Any:
-    """The transformers module for the model's config: parameters on the meta device, rotary tables on the CPU."""
-    kind = model.config.get("model_type")
-    if kind not in CONFIG_MAPPING:
-        raise UnsupportedError(f"transformers has no model type {kind!r}", hint="a newer transformers may have it")
-    config = CONFIG_MAPPING[kind].from_dict(dict(model.config))
-    with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    network.eval()
-    base = network.base_model
-    if hasattr(base, "rotary_emb"):
-        base.rotary_emb = type(base.rotary_emb)(config=base.config)
-    left = [name for name, buffer in network.named_buffers() if buffer.is_meta]
-    if left:
-        raise UnsupportedError(f"{kind} keeps tables outside its checkpoint that cannot be rebuilt: {', '.join(left)}")
-    return network
+    def _nothing(self, n: int, t: int) -> Tensor:
+        """Embeddings of n sequences of t tokens, where only their shape counts."""
+        width = self._module(self.model.decoder.embedding).weight.shape[1]
+        return torch.zeros(n, t, width, dtype=self.dtype)
 
 
 def _quantize_inputs(linear: nn.Module, spec: QuantSpec) -> None:

@@ -1,4 +1,4 @@
-"""``config.json``: read, completed by transformers' config class, and turned into the shapes a checkpoint must have."""
+"""``config.json``: read, and completed by transformers' config class."""
 
 import json
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from typing import Any
 from llmopt.optimizer.arch.base import Arch
 from llmopt.optimizer.errors import InputError, UnsupportedError
 
-__all__ = ["complete", "parameter_shapes", "read_json"]
+__all__ = ["complete", "read_json"]
 
 # Says where a config came from or how a call should answer, not what the model computes.
 _INCIDENTAL = {
@@ -75,26 +75,6 @@ def _model_type(config: Mapping[str, Any], arch: Arch) -> str:
     """The model_type of a config; the architecture decides, as it does for what is computed."""
     architectures = config.get("architectures") or [""]
     return arch.models.get(str(architectures[0])) or str(config["model_type"])
-
-
-def parameter_shapes(config: Mapping[str, Any], where: object) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every parameter of a model with this config, ``lm_head.weight`` included even when tied.
-
-    They are read off transformers' own module, made without memory on the meta device.
-
-    Raises:
-        InputError: transformers cannot make such a model.
-    """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    settings = {name: value for name, value in config.items() if name != "model_type"}
-    try:
-        with torch.device("meta"):
-            network = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **settings))
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise InputError(f"{where}: config.json describes no model: {error}", hint="correct config.json") from error
-    return {name: tuple(value.shape) for name, value in network.named_parameters(remove_duplicate=False)}
 
 
 def _refuse_quantized(config: Mapping[str, Any], where: object) -> None:

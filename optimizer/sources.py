@@ -16,8 +16,9 @@ from llmopt.optimizer.checkpoint import fit_to_shapes, open_checkpoint, weight_f
 from llmopt.optimizer.digests import file_digests
 from llmopt.optimizer.errors import InputError
 from llmopt.optimizer.gguf_header import read_header
-from llmopt.optimizer.hf_config import complete, parameter_shapes, read_json
+from llmopt.optimizer.hf_config import complete, read_json
 from llmopt.optimizer.model import DenseWeight, Model, Source
+from llmopt.optimizer.parameters import expected_parameters, in_our_names, weight_shapes
 
 __all__ = ["load_model", "locate"]
 
@@ -78,8 +79,9 @@ def _load_directory(directory: Path, cache: Path) -> _Loaded:
     raw = read_json(directory / "config.json")
     arch = families.find(raw)
     config = complete(raw, arch, directory)
-    shapes = parameter_shapes(config, directory)
-    weights = open_checkpoint(directory)
+    parameters = expected_parameters(config, arch, directory)
+    shapes = weight_shapes(parameters)
+    weights = in_our_names(open_checkpoint(directory), parameters, arch, directory)
     _settle_tie(config, arch, weights, shapes)
     weights = fit_to_shapes(weights, shapes, directory)
     present = [name for name in tokenizer_files.TOKENIZER_FILES if (directory / name).is_file()]
@@ -120,7 +122,7 @@ def _load_gguf(path: Path, cache: Path) -> _Loaded:
     raw = {**read_json(converted / "config.json"), "architectures": [next(iter(arch.models))]}
     config = complete(raw, arch, path)
     config["rope_parameters"] = gguf_file.rope_parameters(path, header, config)
-    shapes = parameter_shapes(config, path)
+    shapes = weight_shapes(expected_parameters(config, arch, path))
     weights = gguf_file.open_weights(path, header, arch, config, shapes)
     if config["tie_word_embeddings"]:
         shapes.pop(f"{arch.head}.weight")
