@@ -1,24 +1,22 @@
-"""Safetensors checkpoints, single or sharded: names and shapes at once, tensors memory-mapped when asked for."""
+"""Safetensors checkpoints, single or sharded: names and shapes at once, tensors mapped while they are in use."""
 
 import json
 import re
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from llmopt.optimizer.errors import InputError, UnsupportedError
 from llmopt.optimizer.model import DenseWeight
+from llmopt.optimizer.tensor_file import DTYPES, read_header
 
 __all__ = ["INDEX_NAME", "WEIGHTS_NAME", "fit_to_shapes", "open_checkpoint", "some", "weight_files"]
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_FLOATS = {name: dtype for name, dtype in DTYPES.items() if dtype.is_floating_point}
 
 _BUFFERS = re.compile(r"\.(rotary_emb\.inv_freq|position_ids)$")
 """Buffers that older versions of transformers saved; they are computed from the config."""
@@ -49,9 +47,6 @@ def weight_files(directory: Path) -> list[Path]:
 
 def open_checkpoint(directory: Path) -> dict[str, DenseWeight]:
     """Every parameter of the checkpoint, by name; only headers are read.
-
-    Each file is opened once and stays mapped as long as one of its weights lives. ``load()`` returns a tensor that
-    shares the mapping, so its pages are read when they are touched.
 
     Raises:
         InputError: A file is missing or damaged, or the index contradicts the shards.
@@ -101,24 +96,22 @@ def _check_index(index: Path, tensors: Mapping[str, Mapping[str, DenseWeight]]) 
 
 def _open(path: Path) -> dict[str, DenseWeight]:
     try:
-        file: Any = safe_open(path, framework="pt")
+        tensors = read_header(path)
     except (SafetensorError, OSError) as error:
         raise InputError(
             f"{path} ({path.stat().st_size:,} bytes) is truncated or not a safetensors file: {error}",
             hint="copy or download the file again",
         ) from error
     weights = {}
-    for name in file.keys():  # noqa: SIM118 (the handle is not a mapping)
+    for name, tensor in tensors.items():
         if _BUFFERS.search(name):
             continue
-        header = file.get_slice(name)
-        dtype = _DTYPES.get(header.get_dtype())
-        if dtype is None:
+        if tensor.dtype not in _FLOATS:
             raise UnsupportedError(
-                f"{path}: {name} has dtype {header.get_dtype()}; llmopt starts from floating-point weights",
-                hint=f"supported: {', '.join(_DTYPES)}; take the checkpoint from before it was quantized",
+                f"{path}: {name} has dtype {tensor.dtype}; llmopt starts from floating-point weights",
+                hint=f"supported: {', '.join(_FLOATS)}; take the checkpoint from before it was quantized",
             )
-        weights[name] = DenseWeight(tuple(header.get_shape()), dtype, partial(file.get_tensor, name))
+        weights[name] = DenseWeight(tensor.shape, _FLOATS[tensor.dtype], tensor)
     return weights
 
 

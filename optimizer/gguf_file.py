@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -72,14 +72,12 @@ def open_weights(
     extra = sorted(header.tensors.keys() - set(names.values()) - {_ROPE_FACTORS})
     if extra:
         raise UnsupportedError(f"{path} holds tensors that a plain {arch.name} model has no place for: {some(extra)}")
-    # Copy-on-write, because torch warns of arrays it could not write to.
-    data = np.memmap(path, mode="c")
     heads = _interleaved_heads(arch, config) if arch.gguf_interleaves else {}
     weights = {}
     for ours, theirs in names.items():
         entry = header.tensors[theirs]
         count = next((heads[module] for module in heads if f".{module}." in ours), 0)
-        weights[ours] = DenseWeight(entry.shape, torch.float32, partial(_load, data, entry, count))
+        weights[ours] = DenseWeight(entry.shape, torch.float32, _Tensor(path, entry, count))
     return weights
 
 
@@ -98,7 +96,7 @@ def rope_parameters(path: Path, header: Header, config: Mapping[str, Any]) -> di
         raise UnsupportedError(f"{path}: rope scaling {scaling} cannot be read from a GGUF file")
     if _ROPE_FACTORS not in header.tensors:
         return parameters
-    factors = _load(np.memmap(path, mode="c"), header.tensors[_ROPE_FACTORS], 0)
+    factors = _Tensor(path, header.tensors[_ROPE_FACTORS])()
     llama3 = {
         "rope_type": "llama3",
         "factor": round(float(factors.max()), 3),
@@ -152,13 +150,38 @@ def _interleaved_heads(arch: Arch, config: Mapping[str, Any]) -> dict[str, int]:
     return {query: int(config["num_attention_heads"]), key: int(config["num_key_value_heads"])}
 
 
-def _load(data: np.ndarray[Any, Any], entry: TensorEntry, interleaved_heads: int) -> Tensor:
-    """The tensor in float32; with heads given, the two halves of each head's rows are put apart again."""
-    block, size = gguf.GGML_QUANT_SIZES[entry.kind]
-    packed = np.asarray(data[entry.offset : entry.offset + entry.nbytes])
-    rows = packed.reshape(*entry.shape[:-1], entry.shape[-1] // block * size)
-    tensor = torch.from_numpy(gguf.dequantize(rows, entry.kind))
-    if not interleaved_heads:
-        return tensor
-    pairs = tensor.reshape(interleaved_heads, -1, 2, *tensor.shape[1:])
-    return pairs.transpose(1, 2).reshape(tensor.shape)
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    """Loads one tensor of a file in float32; a ``RowLoader``. What it reads is mapped only while it is in use.
+
+    Attributes:
+        path: The file.
+        entry: Where it lies.
+        interleaved_heads: When not 0, the two halves of each head's rows alternate in the file, and are put apart.
+    """
+
+    path: Path
+    entry: TensorEntry
+    interleaved_heads: int = 0
+
+    def __call__(self) -> Tensor:
+        tensor = self._dequantized(0, self.entry.shape)
+        if not self.interleaved_heads:
+            return tensor
+        pairs = tensor.reshape(self.interleaved_heads, -1, 2, *tensor.shape[1:])
+        return pairs.transpose(1, 2).reshape(tensor.shape)
+
+    def rows(self, first: int, past_end: int) -> Tensor:
+        """See ``RowLoader.rows``."""
+        below = self.entry.shape[1:]
+        if self.interleaved_heads or not below:
+            return self()[first:past_end]
+        return self._dequantized(first, (past_end - first, *below))
+
+    def _dequantized(self, first: int, shape: tuple[int, ...]) -> Tensor:
+        block, size = gguf.GGML_QUANT_SIZES[self.entry.kind]
+        row = math.prod(shape[1:]) // block * size
+        packed_shape = (*shape[:-1], shape[-1] // block * size)
+        # Copy-on-write, because torch warns of arrays it could not write to.
+        packed = np.memmap(self.path, np.uint8, "c", self.entry.offset + first * row, packed_shape)
+        return torch.from_numpy(gguf.dequantize(np.asarray(packed), self.entry.kind))

@@ -1,11 +1,11 @@
 """The model that passes take and return: names, configuration, and weights that are read only when asked for."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -14,7 +14,22 @@ from llmopt.optimizer.arch.base import Arch
 from llmopt.optimizer.decoder import Decoder, describe
 from llmopt.optimizer.scheme import Scheme
 
-__all__ = ["DenseWeight", "Model", "QuantWeight", "Source", "Weight"]
+__all__ = ["DenseWeight", "Model", "QuantTensors", "QuantWeight", "RowLoader", "Source", "Weight"]
+
+
+_BLOCK_BYTES = 32 << 20
+"""Of the float32 rows that ``dense_blocks`` yields at a time."""
+
+
+@runtime_checkable
+class RowLoader(Protocol):
+    """What a weight's ``load`` is where some of its rows can be read without the others."""
+
+    def __call__(self) -> Tensor:
+        """The whole tensor."""
+
+    def rows(self, first: int, past_end: int) -> Tensor:
+        """Rows ``first .. past_end - 1`` of the first dimension; nothing else is read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +40,7 @@ class DenseWeight:
         shape: Linear weights are ``[out, in]``.
         dtype: As stored.
         load: Reads it: a fresh or memory-mapped tensor of that shape and dtype. The caller must not write to it.
+            Where it is a ``RowLoader``, a large table is read a few rows at a time.
     """
 
     shape: tuple[int, ...]
@@ -40,39 +56,39 @@ class DenseWeight:
         """The values in float32."""
         return self.load().to(torch.float32)
 
+    def rows(self, first: int, past_end: int) -> Tensor:
+        """The rows ``first .. past_end - 1`` as stored."""
+        return self._reader()(first, past_end)
+
+    def dense_blocks(self) -> Iterator[Tensor]:
+        """The values in float32, a few rows at a time: a large table need never be in memory whole."""
+        read = self._reader()
+        yield from (read(*rows).to(torch.float32) for rows in _row_blocks(self.shape))
+
+    def _reader(self) -> Callable[[int, int], Tensor]:
+        if isinstance(self.load, RowLoader):
+            return self.load.rows
+        whole = self.load()
+        return lambda first, past_end: whole[first:past_end]
+
     @staticmethod
     def of(tensor: Tensor) -> "DenseWeight":
         """A weight around a tensor already in memory."""
         return DenseWeight(tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
 
-@dataclass(frozen=True, slots=True)
-class QuantWeight:
-    """A quantized linear weight: exactly the numbers that will be stored. Exporters pack them, never requantize.
+class QuantTensors(NamedTuple):
+    """The tensors of a quantized linear weight.
 
     Attributes:
         values: int8 ``[out, in]``, signed, within the scheme's range.
         scale: float32 ``[out, groups]``; one group when the scale is per channel.
         zero: int8 ``[out, groups]``, signed; None when symmetric.
-        scheme: How it was made, including what its input activations become.
     """
 
     values: Tensor
     scale: Tensor
     zero: Tensor | None
-    scheme: Scheme
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """``(out, in)``."""
-        return tuple(self.values.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Size when packed, in bytes: values at ``num_bits`` each, scales, zero points."""
-        bits = self.scheme.weights.num_bits
-        zeros = 0 if self.zero is None else self.zero.numel() * bits
-        return (self.values.numel() * bits + zeros) // 8 + self.scale.numel() * self.scale.itemsize
 
     def dense(self) -> Tensor:
         """The values the integers stand for: float32 ``[out, in]``, ``(values - zero) * scale``."""
@@ -82,8 +98,60 @@ class QuantWeight:
             integers = integers - self.zero.to(torch.float32)[:, :, None]
         return (integers * self.scale[:, :, None]).reshape(self.values.shape)
 
+    def rows(self, index: slice | Tensor) -> "QuantTensors":
+        """The tensors of some rows."""
+        return QuantTensors(self.values[index], self.scale[index], None if self.zero is None else self.zero[index])
+
+
+@dataclass(frozen=True, slots=True)
+class QuantWeight:
+    """A quantized linear weight: exactly the numbers that will be stored. Exporters pack them, never requantize.
+
+    Attributes:
+        shape: ``(out, in)``.
+        scheme: How it was made, including what its input activations become.
+        load: Reads its tensors, fresh or memory-mapped. The caller must not write to them.
+    """
+
+    shape: tuple[int, ...]
+    scheme: Scheme
+    load: Callable[[], QuantTensors]
+
+    @property
+    def groups(self) -> int:
+        """Scales of a row."""
+        return self.shape[1] // (self.scheme.weights.group_size or self.shape[1])
+
+    @property
+    def nbytes(self) -> int:
+        """Size when packed, in bytes: values at ``num_bits`` each, scales, zero points."""
+        spec, scales = self.scheme.weights, self.shape[0] * self.groups
+        zeros = 0 if spec.symmetric else scales
+        return (self.shape[0] * self.shape[1] + zeros) * spec.num_bits // 8 + scales * torch.float32.itemsize
+
+    def dense(self) -> Tensor:
+        """The values the integers stand for: float32 ``[out, in]``."""
+        return self.load().dense()
+
+    def dense_blocks(self) -> Iterator[Tensor]:
+        """See ``DenseWeight.dense_blocks``."""
+        yield from (self.load().rows(slice(*rows)).dense() for rows in _row_blocks(self.shape))
+
+    @staticmethod
+    def of(values: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> "QuantWeight":
+        """A weight around tensors already in memory."""
+        tensors = QuantTensors(values, scale, zero)
+        return QuantWeight(tuple(values.shape), scheme, lambda: tensors)
+
 
 Weight = DenseWeight | QuantWeight
+
+
+def _row_blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """The first row and the row past the end of each block of at most ``_BLOCK_BYTES``, or of one row."""
+    rows, row_bytes = shape[0], torch.Size(shape[1:]).numel() * torch.float32.itemsize
+    step = max(1, _BLOCK_BYTES // row_bytes)
+    yield from ((first, min(first + step, rows)) for first in range(0, rows, step))
 
 
 @dataclass(frozen=True, slots=True)

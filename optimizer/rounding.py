@@ -1,12 +1,14 @@
 """Rounding a weight matrix to integers: the one place where a scale is chosen from a range of values."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from llmopt.optimizer.model import QuantWeight
+from llmopt.optimizer.model import QuantTensors
 from llmopt.optimizer.scheme import QuantSpec, Scheme
 
-__all__ = ["grid", "quantize"]
+__all__ = ["grid", "joined", "quantize"]
 
 
 def grid(groups: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
@@ -34,8 +36,8 @@ def grid(groups: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
     return scale, zero.to(torch.int8)
 
 
-def quantize(weight: Tensor, scheme: Scheme) -> QuantWeight:
-    """Round every element to the nearest value of its group's grid, halves to even.
+def quantize(weight: Tensor, scheme: Scheme) -> QuantTensors:
+    """Round every element to the nearest value of its group's grid, halves to even. No row looks at another.
 
     Args:
         weight: float32 ``[out, in]``; ``in`` is a multiple of the group size.
@@ -53,4 +55,10 @@ def quantize(weight: Tensor, scheme: Scheme) -> QuantWeight:
     if zero is not None:
         steps = steps + zero[:, :, None]
     values = steps.clamp(spec.quant_min, spec.quant_max).to(torch.int8).reshape(rows, columns)
-    return QuantWeight(values, scale, zero, scheme)
+    return QuantTensors(values, scale, zero)
+
+
+def joined(parts: Sequence[QuantTensors]) -> QuantTensors:
+    """One weight from blocks of its rows, in order."""
+    values, scales, zeros = zip(*parts, strict=True)
+    return QuantTensors(torch.cat(values), torch.cat(scales), None if zeros[0] is None else torch.cat(zeros))

@@ -1,4 +1,4 @@
-"""Weights on disk between two passes: written a few at a time, read back memory-mapped."""
+"""Weights on disk between two passes: written a few at a time, mapped while they are in use."""
 
 import json
 import os
@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llmopt.optimizer.model import DenseWeight, QuantWeight, Weight
+from llmopt.optimizer.model import DenseWeight, QuantTensors, QuantWeight, Weight
 from llmopt.optimizer.scheme import Scheme
+from llmopt.optimizer.tensor_file import DTYPES, FileTensor, read_header
 
 __all__ = ["WeightStore", "read_weights", "save_tensors"]
 
@@ -29,7 +30,7 @@ class WeightStore:
         self._files = 0
 
     def keep(self, weights: Mapping[str, Weight]) -> Mapping[str, Weight]:
-        """Write ``weights`` and return them memory-mapped. See ``PassContext.keep``."""
+        """Write ``weights`` and return them as they lie in the file. See ``PassContext.keep``."""
         file = f"{self._files:05d}.safetensors"
         self._files += 1
         tensors: dict[str, Tensor] = {}
@@ -39,7 +40,8 @@ class WeightStore:
             if isinstance(weight, QuantWeight):
                 self._index[name]["scheme"] = weight.scheme.model_dump(mode="json")
         save_tensors(_separate(tensors), self._directory / file)
-        kept = {name: _read(self._directory, name, self._index[name]) for name in weights}
+        written = read_header(self._directory / file)
+        kept = {name: _weight(name, self._index[name], written) for name in weights}
         self._kept |= kept
         return kept
 
@@ -53,9 +55,10 @@ class WeightStore:
 
 
 def read_weights(directory: Path) -> dict[str, Weight]:
-    """All weights of a closed store, memory-mapped."""
+    """All weights of a closed store; only headers are read."""
     index = json.loads((directory / _INDEX).read_text(encoding="utf-8"))
-    return {name: _read(directory, name, entry) for name, entry in index.items()}
+    files = {file: read_header(directory / file) for file in {entry["file"] for entry in index.values()}}
+    return {name: _weight(name, entry, files[entry["file"]]) for name, entry in index.items()}
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -88,15 +91,18 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _tensors(name: str, weight: Weight) -> dict[str, Tensor]:
     if isinstance(weight, DenseWeight):
         return {name: weight.load()}
-    parts = {f"{name}.values": weight.values, f"{name}.scale": weight.scale}
-    return parts if weight.zero is None else {**parts, f"{name}.zero": weight.zero}
+    parts = weight.load()._asdict()
+    return {f"{name}.{part}": tensor for part, tensor in parts.items() if tensor is not None}
 
 
-def _read(directory: Path, name: str, entry: Mapping[str, Any]) -> Weight:
-    # The handle maps the file and its tensors share that memory, so neither costs any until it is read.
-    file: Any = safe_open(directory / entry["file"], "pt")
+def _weight(name: str, entry: Mapping[str, Any], tensors: Mapping[str, FileTensor]) -> Weight:
     if "scheme" not in entry:
-        return DenseWeight.of(file.get_tensor(name))
-    zero = file.get_tensor(f"{name}.zero") if f"{name}.zero" in file.keys() else None  # noqa: SIM118
-    values, scale = file.get_tensor(f"{name}.values"), file.get_tensor(f"{name}.scale")
-    return QuantWeight(values, scale, zero, Scheme.model_validate(entry["scheme"]))
+        tensor = tensors[name]
+        return DenseWeight(tensor.shape, DTYPES[tensor.dtype], tensor)
+    values, scale = tensors[f"{name}.values"], tensors[f"{name}.scale"]
+    zero = tensors.get(f"{name}.zero")
+
+    def load() -> QuantTensors:
+        return QuantTensors(values(), scale(), None if zero is None else zero())
+
+    return QuantWeight(values.shape, Scheme.model_validate(entry["scheme"]), load)

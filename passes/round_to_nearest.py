@@ -1,10 +1,15 @@
 """Round-to-nearest integer weights: the baseline that every cleverer quantizer must beat."""
 
+import math
+
+import torch
+
 from llmopt.optimizer.assignment import SchemeQuantPass
 from llmopt.optimizer.contracts import PassContext
 from llmopt.optimizer.errors import PassError
-from llmopt.optimizer.model import Model, Weight
-from llmopt.optimizer.rounding import quantize
+from llmopt.optimizer.model import Model, QuantWeight, Weight
+from llmopt.optimizer.rounding import joined, quantize
+from llmopt.optimizer.scheme import Scheme
 
 __all__ = ["RoundToNearest"]
 
@@ -19,13 +24,29 @@ class RoundToNearest(SchemeQuantPass):
         errors: dict[str, float] = {}
         for done, (module, scheme) in enumerate(assigned.items(), start=1):
             name = model.weight_of(module)
-            weight = model.weights[name].dense()
-            if not weight.isfinite().all():
-                text = f"{name} has values that are not finite"
-                raise PassError(text, hint="the checkpoint is damaged, or overflowed while it was trained or merged")
-            rounded = quantize(weight, scheme)
-            errors[module] = float((rounded.dense() - weight).norm() / weight.norm().clamp(min=1e-30))
+            rounded, errors[module] = _round(name, model.weights[name], scheme)
             changed |= context.keep({name: rounded})
             context.progress(done, len(assigned))
         context.detail("errors", errors)
         return model.with_weights(changed) if changed else model
+
+
+def _round(name: str, weight: Weight, scheme: Scheme) -> tuple[QuantWeight, float]:
+    """The rounded weight and its relative error, made a few rows at a time: a table is never in memory as floats.
+
+    Raises:
+        PassError: A value is not finite.
+    """
+    parts, lost, total = [], 0.0, 0.0
+    for block in weight.dense_blocks():
+        if not block.isfinite().all():
+            text = f"{name} has values that are not finite"
+            raise PassError(text, hint="the checkpoint is damaged, or overflowed while it was trained or merged")
+        parts.append(quantize(block, scheme))
+        lost = math.hypot(lost, _norm(parts[-1].dense() - block))
+        total = math.hypot(total, _norm(block))
+    return QuantWeight.of(*joined(parts), scheme), lost / max(total, 1e-30)
+
+
+def _norm(values: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64))

@@ -17,7 +17,7 @@ from llmopt.exporters.onnx.lowering import lowered_graph
 from llmopt.exporters.onnx.standard import standard_graph
 from llmopt.optimizer.decoder import Decoder
 from llmopt.optimizer.errors import MissingExtraError, VerificationError
-from llmopt.optimizer.model import DenseWeight, Model, Weight
+from llmopt.optimizer.model import DenseWeight, Model, QuantWeight, Weight
 from llmopt.optimizer.target import Target
 
 __all__ = ["Level", "verify_lowering"]
@@ -80,9 +80,8 @@ def _small_vocabulary(model: Model) -> Model:
 
 def _first_rows(weight: Weight, count: int) -> Weight:
     if isinstance(weight, DenseWeight):
-        return DenseWeight.of(weight.load()[:count].clone())
-    zero = None if weight.zero is None else weight.zero[:count]
-    return replace(weight, values=weight.values[:count], scale=weight.scale[:count], zero=zero)
+        return DenseWeight.of(weight.rows(0, count).clone())
+    return QuantWeight.of(*weight.load().rows(slice(count)), weight.scheme)
 
 
 def _without_rounding(graph: ir.Model) -> None:

