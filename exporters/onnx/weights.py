@@ -1,8 +1,8 @@
 """A model's weights as initializers of the standard graph, in the layout MatMul takes: ``[in, out]``."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -11,8 +11,10 @@ from torch import Tensor
 
 from llmopt.exporters.onnx.builder import GraphBuilder
 from llmopt.optimizer.decoder import Attention
-from llmopt.optimizer.lazy_tensor import lazy_tensor
+from llmopt.optimizer.errors import UnsupportedError
+from llmopt.optimizer.lazy_tensor import StackedTensor, lazy_tensor
 from llmopt.optimizer.model import DenseWeight, QuantWeight, Weight
+from llmopt.optimizer.scheme import Scheme
 
 __all__ = ["expert_weights", "linear_weight", "packed_order", "reordered", "table", "vector"]
 
@@ -47,30 +49,59 @@ def expert_weights(
 ) -> tuple[ir.Value, ir.Value]:
     """Gate and up of all experts, ``[experts, hidden, 2*inner]``, and down, ``[experts, inner, hidden]``, float32.
 
+    Each is an initializer, or DequantizeLinear of one along axis 1, with scales ``[experts, groups, out]``.
+
     Args:
         builder: Of the graph.
         module: Names the initializers.
         experts: Gate, up and down of each, ``[out, in]``.
+
+    Raises:
+        UnsupportedError: Experts whose weights are stacked here have different schemes, or quantized activations.
     """
-    (inner, hidden), count = experts[0][0].shape, len(experts)
+    gate_up, down = [expert[:2] for expert in experts], [expert[2:] for expert in experts]
+    return _stacked(builder, f"{module}.gate_up", gate_up), _stacked(builder, f"{module}.down", down)
 
-    def gate_up() -> np.ndarray:
-        array = np.empty((count, hidden, 2 * inner), np.float32)
-        for into, (gate, up, _) in zip(array, experts, strict=True):
-            _fill(into[:, :inner].T, gate)
-            _fill(into[:, inner:].T, up)
-        return array
 
-    def down() -> np.ndarray:
-        array = np.empty((count, inner, hidden), np.float32)
-        for into, expert in zip(array, experts, strict=True):
-            _fill(into.T, expert[2])
-        return array
+def _stacked(builder: GraphBuilder, name: str, experts: list[tuple[Weight, ...]]) -> ir.Value:
+    """The matrices of each expert side by side, ``[experts, in, out]``; read expert by expert."""
+    rows, columns = sum(weight.shape[0] for weight in experts[0]), experts[0][0].shape[1]
 
-    return (
-        builder.initializer(lazy_tensor(f"{module}.gate_up", ir.DataType.FLOAT, (count, hidden, 2 * inner), gate_up)),
-        builder.initializer(lazy_tensor(f"{module}.down", ir.DataType.FLOAT, (count, inner, hidden), down)),
-    )
+    def initializer(suffix: str, kind: ir.DataType, height: int, read: Callable[[Any], Tensor]) -> ir.Value:
+        def part(e: int) -> np.ndarray:
+            return torch.cat([read(weight) for weight in experts[e]]).T.contiguous().numpy()
+
+        return builder.initializer(StackedTensor(f"{name}{suffix}", kind, (len(experts), height, rows), part))
+
+    scheme = _one_scheme(name, experts)
+    if scheme is None:
+        return initializer("", ir.DataType.FLOAT, columns, lambda weight: weight.dense())
+    spec = scheme.weights
+    dtype, size = _INTEGERS[spec.num_bits], spec.group_size or columns
+    inputs = [
+        initializer("", dtype, columns, lambda weight: weight.load().values),
+        initializer("_scale", ir.DataType.FLOAT, columns // size, lambda weight: weight.load().scale),
+    ]
+    if not spec.symmetric:
+        inputs.append(initializer("_zero_point", dtype, columns // size, lambda weight: weight.load().zero))
+    return builder.op("DequantizeLinear", *inputs, axis=1, block_size=size, name=f"{name}_dequantized")
+
+
+def _one_scheme(name: str, experts: list[tuple[Weight, ...]]) -> Scheme | None:
+    """The scheme of all these weights, None when they are floats."""
+    schemes = {weight.scheme if isinstance(weight, QuantWeight) else None for expert in experts for weight in expert}
+    if len(schemes) > 1:
+        names = sorted("float" if scheme is None else scheme.name for scheme in schemes)
+        raise UnsupportedError(
+            f"{name}: its experts have different schemes: {', '.join(names)}",
+            hint="one scheme for gate and up of all experts of a layer, and one for down",
+        )
+    (scheme,) = schemes
+    if scheme is not None and scheme.input_activations is not None:
+        raise UnsupportedError(
+            f"{name}: experts with quantized activations have no graph", hint="quantize their weights only, as in W8A16"
+        )
+    return scheme
 
 
 def linear_weight(builder: GraphBuilder, module: str, weight: Weight) -> ir.Value:
