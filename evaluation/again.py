@@ -17,10 +17,12 @@ from llmopt.optimizer.progress import Progress
 from llmopt.optimizer.sources import load_model
 from llmopt.runtime.backends.onnxruntime import open_backend
 
-__all__ = ["Question", "Result", "evaluate"]
+__all__ = ["FILE_WINDOWS", "SAMPLED_WINDOWS", "Question", "Result", "evaluate"]
 
-_FILE_WINDOWS = (8, 1024)
-_SAMPLED_WINDOWS = (16, 128)
+FILE_WINDOWS = (8, 1024)
+"""Windows, and tokens of each, where a user names none."""
+
+SAMPLED_WINDOWS = (16, 128)
 """Fewer decoding steps than for a file: the source model writes this text token by token."""
 
 
@@ -125,12 +127,12 @@ def _texts(
     with progress.step("read or sample texts") as tick:
         texts = texts_for(gates, model, seed=seed, threads=question.threads, progress=tick)
         named = {gate.data for gate in gates}
-        windows, tokens = question.windows or _FILE_WINDOWS[0], question.tokens or _FILE_WINDOWS[1]
+        windows, tokens = question.windows or FILE_WINDOWS[0], question.tokens or FILE_WINDOWS[1]
         for path in question.data:
             if path not in named:
                 texts.append(read_tokens(path, model.source.tokenizer_dir, windows=windows, tokens=tokens))
         if not texts:
-            windows, tokens = question.windows or _SAMPLED_WINDOWS[0], question.tokens or _SAMPLED_WINDOWS[1]
+            windows, tokens = question.windows or SAMPLED_WINDOWS[0], question.tokens or SAMPLED_WINDOWS[1]
             wanted = Sampling("evaluation", windows, tokens, seed=seed)
             texts.append(sample_tokens(model, wanted, threads=question.threads, progress=tick))
     return texts

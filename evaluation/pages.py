@@ -9,12 +9,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from llmopt.evaluation.operators import short_name
 
-__all__ = ["Segment", "measured", "megabytes", "rendered", "segments"]
+__all__ = ["Segment", "measured", "megabytes", "nats", "rendered", "segments"]
 
 _WIDTH = 1000
 """Of a bar, in the units of its SVG."""
 
-_COLOURS = 8
+COLOURS = tuple(f"c{number}" for number in range(9))
+"""CSS classes; the last one is grey."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,15 +40,21 @@ class Segment:
 
 
 def segments(
-    values: Mapping[str, float], order: Sequence[str], *, total: float, texts: Mapping[str, str] | None = None
+    values: Mapping[str, float],
+    order: Sequence[str],
+    *,
+    total: float,
+    texts: Mapping[str, str] | None = None,
+    colours: Sequence[str] = COLOURS,
 ) -> list[Segment]:
     """The pieces of one bar.
 
     Args:
         values: Name -> value; zeros have no piece.
-        order: The names of all bars of a plot in the order of their colours; what is behind the eighth is grey.
+        order: The names of all bars of a plot in the order of their colours; the last colour is that of all others.
         total: What a whole bar stands for.
         texts: Name -> the value for people.
+        colours: CSS classes.
     """
     found, x = [], 0.0
     for index, name in enumerate(order):
@@ -55,8 +62,8 @@ def segments(
         if not value:
             continue
         width = _WIDTH * value / total
-        text = (texts or {}).get(name, f"{value:,}")
-        found.append(Segment(name, value, text, f"c{min(index, _COLOURS)}", round(x, 2), round(width, 2)))
+        text = f"{value:,}" if texts is None else texts[name]
+        found.append(Segment(name, value, text, colours[min(index, len(colours) - 1)], round(x, 2), round(width, 2)))
         x += width
     return found
 
@@ -70,7 +77,7 @@ def rendered(template: str, facts: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"short": short_name, "megabytes": megabytes, "largest": _largest}
+    environment.filters |= {"short": short_name, "megabytes": megabytes, "largest": _largest, "nats": nats}
     return environment.get_template(template).render(facts)
 
 
@@ -78,7 +85,15 @@ def measured(metric: str, value: float) -> str:
     """The value of a metric for people."""
     if metric == "top1":
         return f"{value:.2%}"
-    return f"{value:.4f}" if metric == "kl" else f"{value:.3f}"
+    return nats(value) if metric == "kl" else f"{value:.3f}"
+
+
+def nats(value: float, *, signed: bool = False) -> str:
+    """A KL divergence, or a change of one: four decimals, or the power of ten where those would be zeros."""
+    if not value:
+        return "0"
+    form = ".1e" if abs(value) < 5e-5 else ".4f"
+    return format(value, f"+{form}" if signed else form)
 
 
 def megabytes(size: float) -> str:

@@ -3,7 +3,7 @@
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -21,17 +21,13 @@ from llmopt.optimizer.recipe import NamedPass, Recipe
 from llmopt.optimizer.records import Recorder, refused_fallback
 from llmopt.optimizer.weight_store import WeightStore, read_weights
 
-__all__ = ["run_passes"]
+__all__ = ["each_pass", "run_passes"]
 
 _RECORD = "record.json"
 
 
 def run_passes(model: Model, recipe: Recipe, *, cache: Path, progress: Progress) -> tuple[Model, list[PassRecord]]:
     """Apply the recipe's passes.
-
-    A result is kept under the digest of everything that determines it: the input, the pass, its file and its options,
-    the seed, how it is verified, llmopt's own sources, threads and CPU features. So a changed option runs again from
-    there on, and a build that was killed continues behind the last finished pass.
 
     Returns:
         The model, its changed weights memory-mapped from the cache, and a record per pass.
@@ -40,6 +36,25 @@ def run_passes(model: Model, recipe: Recipe, *, cache: Path, progress: Progress)
         PassError: A pass refuses the model, fails, or falls back under ``strict``.
     """
     records: list[PassRecord] = []
+    for behind, record in each_pass(model, recipe, cache=cache, progress=progress):
+        model = behind
+        records.append(record)
+    return model, records
+
+
+def each_pass(model: Model, recipe: Recipe, *, cache: Path, progress: Progress) -> Iterator[tuple[Model, PassRecord]]:
+    """Apply the recipe's passes one by one, each when the next item is asked for.
+
+    A result is kept under the digest of everything that determines it: the input, the pass, its file and its options,
+    the seed, how it is verified, llmopt's own sources, threads and CPU features. So a changed option runs again from
+    there on, and a build that was killed continues behind the last finished pass.
+
+    Yields:
+        The model behind each pass, its changed weights memory-mapped from the cache, and the pass's record.
+
+    Raises:
+        PassError: A pass refuses the model, fails, or falls back under ``strict``.
+    """
     digest = model.source.digest
     for step in recipe.passes:
         step.instance.requires(model)
@@ -52,9 +67,8 @@ def run_passes(model: Model, recipe: Recipe, *, cache: Path, progress: Progress)
             model, record = model.with_weights(read_weights(directory)), _read_record(directory)
         if recipe.strict and record.fallbacks:
             raise refused_fallback(record.name, record.fallbacks[0])
-        records.append(record)
         _tell(record, progress)
-    return model, records
+        yield model, record
 
 
 def _is_finished(directory: Path) -> bool:

@@ -3,14 +3,67 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from llmopt.optimizer.manifest import Measurement, Verdict
 
 if TYPE_CHECKING:
+    from llmopt.evaluation.bisect import Bisection, Step
     from llmopt.evaluation.operators import Effect
 
-__all__ = ["gates_table", "graph_passes_table", "measurements_table", "operators_table"]
+__all__ = ["bisection_table", "gates_table", "graph_passes_table", "measurements_table", "operators_table"]
+
+
+_BAR = 12
+"""Cells of the longest bar of a plot."""
+
+
+def bisection_table(bisection: "Bisection") -> Table:
+    """A row per step with a bar for its KL, of which red is what the step added beyond the noise."""
+    from llmopt.evaluation.pages import nats
+
+    table = Table(
+        box=SIMPLE_HEAD,
+        padding=0,
+        show_edge=False,
+        title="KL divergence from the source model, nats per token",
+        title_justify="left",
+        caption="in parentheses: noise, within two standard errors (±)",
+        caption_justify="left",
+    )
+    table.add_column("step", overflow="fold")
+    for name in ("KL", "top-1", "change", "±", "applied", "s"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True, min_width=_BAR)
+    longest = max(step.kl for step in bisection.steps)
+    kinds = [None, *(step.kind for step in bisection.steps)]
+    for step, before in zip(bisection.steps, kinds, strict=False):
+        is_pass = step.kind in ("weight pass", "graph pass")
+        if is_pass and step.kind != before:
+            table.add_row(f"{step.kind}es", style="dim")
+        change = nats(step.change, signed=True) if step.changed else "unchanged"
+        if step.is_noise and step.change:
+            change = f"({change})"
+        table.add_row(
+            f"  {step.name}" if is_pass else step.name,
+            nats(step.kl),
+            f"{step.top1:.1%}",
+            "" if step.kind == "source" else Text(change, "dim" if step.is_noise else ""),
+            Text(nats(step.error), "dim") if step.error else "",
+            "" if step.applied is None else str(step.applied),
+            f"{step.seconds:.0f}",
+            _bar(step, longest),
+        )
+    return table
+
+
+def _bar(step: "Step", longest: float) -> Text:
+    from llmopt.evaluation.bisect_report import shares
+
+    kept, added = (round(_BAR * share / longest) if longest else 0 for share in shares(step))
+    return Text.assemble(("█" * kept, "blue"), ("█" * added, "red"))
 
 
 def measurements_table(measurements: Sequence[Measurement]) -> Table:

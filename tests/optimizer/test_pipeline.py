@@ -12,7 +12,7 @@ from llmopt.optimizer import pipeline
 from llmopt.optimizer.contracts import WeightPass
 from llmopt.optimizer.errors import PassError, UnsupportedError
 from llmopt.optimizer.model import DenseWeight, Model
-from llmopt.optimizer.pipeline import run_passes
+from llmopt.optimizer.pipeline import each_pass, run_passes
 from llmopt.optimizer.progress import Progress, Silent
 from llmopt.optimizer.recipe import NamedPass, Recipe
 from llmopt.optimizer.sources import load_model
@@ -164,6 +164,20 @@ def test_weights_that_a_pass_did_not_keep_are_kept_for_it(run, model: Model) -> 
 def test_what_a_pass_returns_counts_more_than_what_it_kept(run) -> None:
     result, _ = run(KeepTwice())
     assert torch.equal(result.weights[NORM].dense(), torch.ones(64))
+
+
+def test_each_pass_runs_when_the_model_behind_it_is_asked_for(model: Model, tmp_path: Path) -> None:
+    steps = tuple(NamedPass("scale", Scale(factor=factor)) for factor in (2, 5))
+    recipe = Recipe(version=1, model="m", passes=steps, export=(), base=tmp_path)
+    behind = each_pass(model, recipe, cache=tmp_path / "cache", progress=Silent())
+    assert CALLS == []
+    first, record = next(behind)
+    assert CALLS == ["scale 2"]
+    assert (record.name, record.options["factor"]) == ("scale", 2.0)
+    [(second, _)] = behind
+    expected = model.weights[NORM].dense()
+    assert torch.equal(first.weights[NORM].dense(), expected * 2)
+    assert torch.equal(second.weights[NORM].dense(), expected * 2 * 5)
 
 
 def test_a_second_run_runs_nothing_and_says_the_same(run) -> None:

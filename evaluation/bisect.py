@@ -1,0 +1,248 @@
+"""Which pass costs how much: a recipe's passes run one by one, and the model is measured behind each of them."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal, Protocol
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from llmopt.calibration.sampling import Sampling, sample_tokens
+from llmopt.calibration.texts import Tokens, read_tokens
+from llmopt.evaluation.again import FILE_WINDOWS, SAMPLED_WINDOWS
+from llmopt.evaluation.graph_logits import graph_logits
+from llmopt.evaluation.pages import nats
+from llmopt.evaluation.paired import Agreement, Yardstick, model_logits
+from llmopt.optimizer.errors import InputError
+from llmopt.optimizer.manifest import PassRecord
+from llmopt.optimizer.model import Model
+from llmopt.optimizer.pipeline import each_pass
+from llmopt.optimizer.progress import Progress, Tick
+from llmopt.optimizer.recipe import Recipe
+from llmopt.optimizer.sources import load_model
+
+__all__ = ["Bisection", "Kind", "Stage", "Step", "Text", "bisect"]
+
+Kind = Literal["source", "weight pass", "standard graph", "graph pass"]
+
+_NOISE = 2.0
+"""Standard errors within which a change of the mean says nothing: 95 of 100 changes that are noise stay within two."""
+
+
+class Stage(Protocol):
+    """A graph on its way through the graph passes, as ``exporters/onnx/lowering.py`` yields it."""
+
+    @property
+    def name(self) -> str:
+        """``standard``, or the graph pass that just ran."""
+
+    @property
+    def graph(self) -> ir.Model:
+        """Changed in place by the next stage."""
+
+    @property
+    def record(self) -> PassRecord | None:
+        """Of the graph pass; None for the standard graph."""
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """What to measure on.
+
+    Attributes:
+        data: A text file; None means text sampled from the source model.
+        windows: How many; None means 8 of a file and 16 of sampled text.
+        tokens: Per window; None means 1024 of a file and 128 of sampled text.
+    """
+
+    data: Path | None = None
+    windows: int | None = None
+    tokens: int | None = None
+
+    @property
+    def count(self) -> int:
+        """How many windows."""
+        return self.windows or (SAMPLED_WINDOWS if self.data is None else FILE_WINDOWS)[0]
+
+    @property
+    def length(self) -> int:
+        """Tokens of a window."""
+        return self.tokens or (SAMPLED_WINDOWS if self.data is None else FILE_WINDOWS)[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One row of the table.
+
+    Attributes:
+        name: The pass, ``source model`` or ``standard graph``.
+        kind: What it is.
+        changed: Whether there was anything to measure; the numbers of a pass that changed nothing are the former ones.
+        applied: How often a graph pass applied; None for all else.
+        kl: Mean KL divergence from the source model, nats per token.
+        top1: Share of tokens with the source model's most likely successor.
+        change: Of ``kl`` by this step.
+        error: The standard error of ``change``; None where one window gives no scatter.
+        seconds: Of the step and its measurement.
+    """
+
+    name: str
+    kind: Kind
+    changed: bool
+    applied: int | None
+    kl: float
+    top1: float
+    change: float
+    error: float | None
+    seconds: float
+
+    @property
+    def is_noise(self) -> bool:
+        """Whether a change this large also comes without any cause."""
+        return abs(self.change) <= _NOISE * (self.error or 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Bisection:
+    """What was found.
+
+    Attributes:
+        model: The source model, as in the recipe.
+        text: What it was measured on.
+        steps: In order, the source model first.
+    """
+
+    model: str
+    text: Tokens
+    steps: tuple[Step, ...]
+
+    @property
+    def worst(self) -> Step | None:
+        """The step that costs most; None where no step costs more than the noise."""
+        costly = [step for step in self.steps if step.change > 0 and not step.is_noise]
+        return max(costly, key=lambda step: step.change, default=None)
+
+    @property
+    def conclusion(self) -> str:
+        """The one sentence to remember."""
+        if self.worst is None:
+            return "No pass costs more than the noise of this measurement."
+        error = "" if self.worst.error is None else f" ± {nats(self.worst.error)}"
+        return (
+            f"{self.worst.name} costs most: {nats(self.worst.change)}{error} nats per token of the "
+            f"{nats(self.steps[-1].kl)} after the last step."
+        )
+
+
+def bisect(
+    recipe: Recipe,
+    text: Text,
+    stages: Callable[[Model], Iterator[Stage]],
+    *,
+    cache: Path,
+    progress: Progress,
+    offline: bool = False,
+) -> Bisection:
+    """Measure a recipe's model behind each weight pass, then its graph behind each graph pass, on the same tokens.
+
+    Args:
+        recipe: Its weight passes run, or come from the cache as in a build. Nothing is exported.
+        text: What to measure on.
+        stages: The graphs that the recipe's engine comes from, the standard graph first; none where it has no engine.
+        cache: Where finished passes and downloads are kept.
+        progress: Where steps are shown.
+        offline: Whether hubs are left alone.
+
+    Raises:
+        InputError: The model or the text cannot be used.
+        PassError: A pass refuses the model or fails.
+        UnsupportedError: The model cannot be exported.
+        VerificationError: ONNX Runtime cannot run a graph.
+    """
+    if text.data is not None and not text.data.is_file():
+        raise InputError(f"there is no text {text.data}", hint="without --data, text is sampled from the model")
+    threads = recipe.resources.threads or len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads)  # passes in the cache are found by it
+    with progress.step("load the model"):
+        model = load_model(recipe.model, cache=cache, base=recipe.base, offline=offline)
+        _check(recipe, model, text)
+    with progress.step("texts") as tick:
+        tokens = _tokens(text, model, seed=recipe.seed, threads=threads, tick=tick)
+    started = time.monotonic()
+    with progress.step("source model"):
+        yardstick = Yardstick(model, tokens.ids, threads=threads)
+    before = Agreement.perfect(tokens.ids.shape)
+    steps = [Step("source model", "source", True, None, 0.0, 1.0, 0.0, None, time.monotonic() - started)]
+    started = time.monotonic()
+    for run in _runs(recipe, model, stages, tokens.ids, threads=threads, cache=cache, progress=progress):
+        found = before
+        if run.changed:
+            with progress.step(f"measure {run.name}"):
+                found = yardstick.compare(run.logits())
+        change, error = found.change_from(before) if run.changed else (0.0, None)
+        now = time.monotonic()
+        numbers = (found.mean_kl, found.top1, change, error, now - started)
+        steps.append(Step(run.name, run.kind, run.changed, run.applied, *numbers))
+        before, started = found, now
+    return Bisection(model.source.spec, tokens, tuple(steps))
+
+
+def _check(recipe: Recipe, model: Model, text: Text) -> None:
+    """What can be found out before any tensor is read."""
+    for step in recipe.passes[:1]:
+        step.instance.requires(model)
+    for item in recipe.export:
+        item.instance.check(model)
+        longest = item.instance.longest(model)
+        if longest is not None and text.length > longest:
+            raise InputError(
+                f"windows of {text.length} tokens were asked for, the engine takes {longest}",
+                hint="lower --tokens, or raise the exporter's capacity",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """One execution to measure; ``logits`` is called before the next one is asked for."""
+
+    name: str
+    kind: Kind
+    changed: bool
+    applied: int | None
+    logits: Callable[[], Iterator[Tensor]]
+
+
+def _runs(
+    recipe: Recipe,
+    model: Model,
+    stages: Callable[[Model], Iterator[Stage]],
+    ids: Tensor,
+    *,
+    threads: int,
+    cache: Path,
+    progress: Progress,
+) -> Iterator[_Run]:
+    """Every execution of the recipe's model, made when it is asked for."""
+    behind = model
+    for behind, record in each_pass(model, recipe, cache=cache, progress=progress):
+        logits = partial(model_logits, behind, ids, threads=threads)
+        yield _Run(record.name, "weight pass", record.changed, None, logits)
+    for stage in stages(behind):
+        name = "standard graph" if stage.record is None else stage.name
+        logits = partial(graph_logits, stage.graph, ids, name=name, threads=threads)
+        if stage.record is None:
+            yield _Run(name, "standard graph", True, None, logits)
+        else:
+            yield _Run(name, "graph pass", stage.record.changed, stage.record.details.get("applied"), logits)
+
+
+def _tokens(text: Text, model: Model, *, seed: int, threads: int, tick: Tick) -> Tokens:
+    if text.data is not None:
+        return read_tokens(text.data, model.source.tokenizer_dir, windows=text.count, tokens=text.length)
+    wanted = Sampling("evaluation", text.count, text.length, seed=seed)
+    return sample_tokens(model, wanted, threads=threads, progress=tick)
