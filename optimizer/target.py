@@ -51,7 +51,13 @@ TARGETS = {
             "fuse_silu",
             "lower_attention",
             "lower_embedding",
+            "share_activation_quantization",
             "lower_linear",
+            "inline_composites",
+            "fold_constants",
+            "eliminate_common_subexpressions",
+            "eliminate_dead_code",
+            "share_weights",
         ),
     ),
 }

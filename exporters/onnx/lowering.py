@@ -1,4 +1,8 @@
-"""From the standard graph to a target's: runs its graph passes and tidies up after them."""
+"""From the standard graph to a target's, one graph pass after the other."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import onnx_ir as ir
 from onnx_ir.passes import common
@@ -12,26 +16,31 @@ from llmopt.optimizer.model import Model
 from llmopt.optimizer.records import Recorder
 from llmopt.optimizer.target import Target
 
-__all__ = ["lowered_graph"]
-
-_TIDY = (
-    common.InlinePass,
-    common.CommonSubexpressionEliminationPass,
-    common.RemoveUnusedNodesPass,
-    common.RemoveUnusedFunctionsPass,
-    common.RemoveUnusedOpsetsPass,
-    common.TopologicalSortPass,
-    common.NameFixPass,
-)
+__all__ = ["Stage", "lowered_graph", "stages"]
 
 
-def lowered_graph(
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """The graph at one point of its lowering.
+
+    Attributes:
+        name: ``standard``, or the graph pass that has just run.
+        graph: One and the same object at every stage, changed in place by the next.
+        record: What the graph pass did; None for the standard graph.
+    """
+
+    name: str
+    graph: ir.Model
+    record: PassRecord | None
+
+
+def stages(
     model: Model, target: Target, *, capacity: int, strict: bool = False, decoder: Decoder | None = None
-) -> tuple[ir.Model, list[PassRecord]]:
-    """The graph ``target`` executes, with a record per graph pass.
+) -> Iterator[Stage]:
+    """The standard graph, then the graph behind each of ``target``'s graph passes.
 
     Args:
-        model: Its weights are read only when the graph is saved.
+        model: Its large weights are read only when the graph is saved.
         target: Whose graph passes run.
         capacity: Positions the rope tables cover.
         strict: Whether a fallback is an error.
@@ -39,12 +48,28 @@ def lowered_graph(
     """
     graph = standard_graph(model, capacity=capacity, decoder=decoder)
     common.ShapeInferencePass()(graph)
-    records = []
+    yield Stage("standard", graph, None)
     for name in target.graph_passes:
-        step = loader.load("passes.graph", name)()
         recorder = Recorder(name, {}, strict=strict)
-        step.run(graph, PassContext(note=recorder.note, fallback=recorder.fallback, detail=recorder.detail))
-        records.append(recorder.record(changed=bool(recorder.details.get("applied"))))
-    for tidy in _TIDY:
-        tidy()(graph)
-    return graph, records
+        before = _operators(graph)
+        context = PassContext(note=recorder.note, fallback=recorder.fallback, detail=recorder.detail)
+        loader.load("passes.graph", name)().run(graph, context)
+        recorder.detail("operators", {"before": before, "after": _operators(graph)})
+        yield Stage(name, graph, recorder.record(changed=bool(recorder.details["applied"])))
+
+
+def lowered_graph(
+    model: Model, target: Target, *, capacity: int, strict: bool = False, decoder: Decoder | None = None
+) -> tuple[ir.Model, list[PassRecord]]:
+    """The last of ``stages``: the graph ``target`` executes, with a record per graph pass."""
+    records = []
+    for stage in stages(model, target, capacity=capacity, strict=strict, decoder=decoder):
+        if stage.record is not None:
+            records.append(stage.record)
+    return stage.graph, records
+
+
+def _operators(graph: ir.Model) -> dict[str, int]:
+    """How often each operator occurs; those outside of ai.onnx as ``domain::operator``."""
+    names = (f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in graph.graph)
+    return dict(sorted(Counter(names).items()))

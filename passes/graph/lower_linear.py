@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 from onnxscript.rewriter import pattern
 
@@ -16,38 +15,36 @@ _MICROSOFT = "com.microsoft"
 
 
 class _PerTokenRule(pattern.RewriteRuleClassBase):  # type: ignore[misc]
-    """W8A8: ``m = max|x|; MatMulIntegerToFloat(QuantizeLinear(x / m), W) * m``, a scale for each token.
+    """W8A8: integers times integers, then ``* m``, the largest magnitude of each token.
 
-    The activations are uint8 around 128: only u8 x s8 reaches the AMX and VNNI kernels, s8 x s8 is up to 100
-    times slower. MatMulIntegerToFloat takes one activation scale, so each row's own is divided out before and
-    multiplied back after. The integer sum is exact: a row's result does not depend on what shares its batch.
+    MatMulIntegerToFloat takes one activation scale, so each row's own has been divided out before the rounding and is
+    multiplied back here. The integer sum is exact: a row's result does not depend on what shares its batch.
     """
 
     def __init__(self) -> None:
         super().__init__(name="lower_linear W8A8", remove_nodes=False)
 
-    def pattern(self, op: Any, x: Any, values: Any, scale: Any) -> Any:
-        rounded = op.QuantizeDequantizePerToken(x, _domain="llmopt")
+    def pattern(self, op: Any, integers: Any, step: Any, middle: Any, largest: Any, values: Any, scale: Any) -> Any:
+        rounded = op.Mul(op.DequantizeLinear(integers, step, middle), largest)
         weight = op.DequantizeLinear(values, scale, _allow_other_attributes=True, _outputs=["weight"])
         return op.MatMul(rounded, weight)
 
-    def check(self, context: Any, values: ir.Value, weight: ir.Value, **_: Any) -> Any:
+    def check(self, context: Any, integers: ir.Value, largest: ir.Value, weight: ir.Value, **matched: Any) -> Any:
         result = pattern.MatchResult()
-        node = weight.producer()
-        assert node is not None
+        if integers.dtype != ir.DataType.UINT8 or not _is_scalar(matched["step"]):
+            return result.fail("the activations are not uint8 with one step")
+        if largest.shape is None or len(largest.shape) == 0 or largest.shape[-1] != 1:
+            return result.fail("the activations' scales are not one per row")
+        values, node = matched["values"], _node(weight)
         if values.dtype != ir.DataType.INT8:
             return result.fail(f"the kernel multiplies int8 weights, not {values.dtype}")
         if attribute(node, "axis", 1) != 1 or attribute(node, "block_size", 0):
             return result.fail("the kernel takes one weight scale per output channel")
         return result
 
-    def rewrite(self, op: Any, x: ir.Value, values: ir.Value, scale: ir.Value, **_: Any) -> Any:
-        largest = op.ReduceMax(op.Abs(x), op.Constant(value_ints=[-1]), keepdims=1)
-        step = op.Constant(value=ir.tensor(np.float32(1 / 127)))
-        middle = op.Constant(value=ir.tensor(np.uint8(128)))
-        quantized = op.QuantizeLinear(op.Div(x, largest), step, middle)
-        product = op.MatMulIntegerToFloat(quantized, values, step, scale, middle, _domain=_MICROSOFT)
-        return op.Mul(product, largest)
+    def rewrite(self, op: Any, integers: ir.Value, step: ir.Value, middle: ir.Value, **matched: Any) -> Any:
+        weight = (matched["values"], step, matched["scale"], middle)
+        return op.Mul(op.MatMulIntegerToFloat(integers, *weight, _domain=_MICROSOFT), matched["largest"])
 
 
 class _WeightOnlyRule(pattern.RewriteRuleClassBase):  # type: ignore[misc]
@@ -62,8 +59,7 @@ class _WeightOnlyRule(pattern.RewriteRuleClassBase):  # type: ignore[misc]
 
     def check(self, context: Any, x: ir.Value, weight: ir.Value, **_: Any) -> Any:
         result = pattern.MatchResult()
-        made_by = x.producer()
-        if made_by is not None and made_by.op_type == "QuantizeDequantizePerToken":
+        if _is_rounded(x):
             return result.fail("its activations are quantized too")
         packed = block_weight(_node(weight), "weight", transposed=False)
         return result.fail(packed) if isinstance(packed, str) else result
@@ -95,6 +91,16 @@ def _node(value: ir.Value) -> ir.Node:
     return node
 
 
+def _is_scalar(value: ir.Value) -> bool:
+    return value.shape is not None and len(value.shape) == 0
+
+
+def _is_rounded(x: ir.Value) -> bool:
+    """Whether ``x`` is integers times a scale for each row."""
+    product = producer(x, "Mul")
+    return product is not None and any(producer(factor, "DequantizeLinear") is not None for factor in product.inputs)
+
+
 def _multiplies_floats_of_integers(node: ir.Node) -> bool:
     """Whether ``node`` is a MatMul with a DequantizeLinear, or with the transpose of one."""
     if node.op_type != "MatMul":
@@ -109,7 +115,9 @@ class LowerLinear(GraphPass):
 
     def run(self, graph: ir.Model, context: PassContext) -> ir.Model:
         """See ``GraphPass.run``."""
-        apply_rules(graph, [_PerTokenRule.rule(), _WeightOnlyRule.rule(), _TransposedRule.rule()], context)
+        per_token = _PerTokenRule.rule()
+        rules = [*per_token.commute(), _WeightOnlyRule.rule(), _TransposedRule.rule()]
+        apply_rules(graph, rules, context)
         if left := [str(node.outputs[0].name) for node in graph.graph if _multiplies_floats_of_integers(node)]:
             context.fallback(f"{len(left)} quantized linears turn their weights into floats in every call: {left[0]}")
         if any(node.op_type == "MatMulNBits" for node in graph.graph):

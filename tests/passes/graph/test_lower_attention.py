@@ -285,7 +285,7 @@ def test_heads_the_kernel_does_not_take_stay_standard_operators(rewrite, graph_o
     def write(builder, packed, past_key, past_value, ids, lengths):
         return attend(builder, parts_of(builder, packed, (48, 24, 24)), (past_key, past_value), lengths)
 
-    shapes = {name: ("float32", ("batch", 2, CAPACITY, 12)) for name in ("past_key", "past_value")}
+    shapes = dict.fromkeys(("past_key", "past_value"), ("float32", ("batch", 2, CAPACITY, 12)))
     graph = graph_of(write, packed=("float32", ("batch", "tokens", 96)), **shapes, **CONTRACT)
     caches = {name: numbers(1, 2, CAPACITY, 12) for name in shapes}
     call = {"packed": numbers(1, 4, 96), "input_ids": np.zeros((1, 4), np.int64), "past_lengths": np.array([3])}

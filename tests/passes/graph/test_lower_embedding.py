@@ -72,7 +72,9 @@ def test_int8_rows_are_looked_up_in_the_heads_integers(rewrite, graph_of, number
 
 def test_the_heads_new_form_is_what_lower_linear_takes(rewrite, graph_of, numbers, feeds):
     graph = graph_of(tied(table_of(numbers, 40), rounded=True), **INPUTS)
-    result = rewrite("lower_linear", rewrite("lower_embedding", graph, feeds(40)).graph, feeds(40))
+    for earlier in ("lower_embedding", "share_activation_quantization"):
+        graph = rewrite(earlier, graph, feeds(40)).graph
+    result = rewrite("lower_linear", graph, feeds(40))
     assert result.applied == 1
     assert result.ops["MatMulIntegerToFloat"] == 1
     assert result.difference() < EXACT

@@ -35,17 +35,28 @@ def dequantized(numbers, rows, columns, *, bits=8, block=None, asymmetric=False,
     return write
 
 
-def linear(weight, *, rounded=False):
+def rounded_rows(builder, x, *, exchanged=False, axis=-1):
+    """``x`` as uint8 integers times the largest magnitude of each row."""
+    step, middle = (builder.constant(number, f"{number.dtype}") for number in (np.float32(1 / 127), np.uint8(128)))
+    axes = builder.constant(np.array([axis]), "axis")
+    largest = builder.op("ReduceMax", builder.op("Abs", x), axes, keepdims=1)
+    integers = builder.op("QuantizeLinear", builder.op("Div", x, largest), step, middle)
+    factors = builder.op("DequantizeLinear", integers, step, middle), largest
+    return builder.op("Mul", *(reversed(factors) if exchanged else factors))
+
+
+def linear(weight, *, rounded=False, **how):
     def write(builder, x):
         if rounded:
-            x = builder.op("QuantizeDequantizePerToken", x, domain="llmopt")
+            x = rounded_rows(builder, x, **how)
         return builder.op("MatMul", x, weight(builder))
 
     return write
 
 
-def test_w8a8_is_exact(rewrite, graph_of, numbers):
-    graph = graph_of(linear(dequantized(numbers, 40, 24), rounded=True), x=X)
+@pytest.mark.parametrize("exchanged", [False, True])
+def test_w8a8_is_exact(rewrite, graph_of, numbers, exchanged):
+    graph = graph_of(linear(dequantized(numbers, 40, 24), rounded=True, exchanged=exchanged), x=X)
     result = rewrite("lower_linear", graph, {"x": 30 * numbers(2, 5, 40)}, {"x": numbers(1, 1, 40)})
     assert result.applied == 1
     assert result.ops["MatMulIntegerToFloat"] == 1
@@ -84,7 +95,7 @@ def test_linears_that_share_a_rounding_share_the_integers(rewrite, graph_of, num
     first, second = (dequantized(numbers, 40, columns, prefix=f"w{columns}.") for columns in (24, 8))
 
     def write(builder, x):
-        x = builder.op("QuantizeDequantizePerToken", x, domain="llmopt")
+        x = rounded_rows(builder, x)
         return builder.op("MatMul", x, first(builder)), builder.op("MatMul", x, second(builder))
 
     result = rewrite("lower_linear", graph_of(write, x=X), {"x": numbers(2, 3, 40)})
@@ -181,6 +192,31 @@ def test_w8a8_with_zero_points_is_declined(rewrite, graph_of, numbers):
     assert result.unchanged
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_activation_scales_that_rows_share_are_declined(rewrite, graph_of, numbers, axis):
+    graph = graph_of(linear(dequantized(numbers, 40, 24), rounded=True, axis=axis), x=("float32", (2, 3, 40)))
+    result = rewrite("lower_linear", graph, {"x": numbers(2, 3, 40)})
+    assert result.applied == 0
+    assert result.unchanged
+    assert any("scales are not one per row" in reason for reason in result.declined)
+
+
+def test_activations_of_another_type_are_declined(rewrite, graph_of, numbers):
+    weight = dequantized(numbers, 40, 24)
+
+    def write(builder, x):
+        step, largest = builder.constant(np.float32(1 / 127), "step"), builder.constant(np.ones(1, np.float32), "one")
+        middle = builder.constant(np.int8(0), "middle")
+        integers = builder.op("QuantizeLinear", x, step, middle)
+        rounded = builder.op("Mul", builder.op("DequantizeLinear", integers, step, middle), largest)
+        return builder.op("MatMul", rounded, weight(builder))
+
+    result = rewrite("lower_linear", graph_of(write, x=X), {"x": numbers(2, 3, 40)})
+    assert result.applied == 0
+    assert result.unchanged
+    assert any("the activations are not uint8 with one step" in reason for reason in result.declined)
+
+
 @pytest.mark.parametrize("block", [8, 20])
 def test_a_group_without_a_kernel_is_declined(rewrite, graph_of, numbers, block):
     weight = dequantized(numbers, 40, 24, block=block)
@@ -220,7 +256,7 @@ def test_a_weight_that_is_computed_is_declined(rewrite, graph_of, numbers):
 @pytest.mark.parametrize("scheme", ["W8A8", "W8A16"])
 def test_every_linear_of_a_model_is_lowered(rewrite_model, model_of, scheme, biased):
     changes = {"num_hidden_layers": 1, "attention_bias": biased, "mlp_bias": biased, "tie_word_embeddings": False}
-    result = rewrite_model("lower_linear", model_of(scheme, **changes))
+    result = rewrite_model("lower_linear", model_of(scheme, **changes), after=["share_activation_quantization"])
     assert result.applied == 8
     assert (result.ops["MatMul"], result.ops["DequantizeLinear"]) == (0, 0)
     assert result.difference() < (0.1 if scheme == "W8A16" else 0.02)  # several linears one behind the other
