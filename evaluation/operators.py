@@ -1,4 +1,4 @@
-"""What each graph pass did to the operators of an engine, as the manifest has it."""
+"""What each graph pass did to an engine, as the manifest has it: to its operators, and to what it computes."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -6,10 +6,13 @@ from dataclasses import dataclass
 
 from llmopt.optimizer.manifest import PassRecord
 
-__all__ = ["KINDS", "Effect", "by_kind", "effects_of", "short_name"]
+__all__ = ["KINDS", "WHOLE", "Effect", "by_kind", "effects_of", "short_name", "verification_of"]
 
 KINDS = ("matrix products", "attention", "norms", "rounding", "elementwise", "data movement")
 """What operators do, for plots: six colours say more than one per operator."""
+
+WHOLE = "all"
+"""Among the verified graph passes: the lowered graph against the standard one."""
 
 _IN_NAMES = {
     "matrix products": ("MatMul", "Gemm", "MoE", "Experts"),
@@ -63,6 +66,17 @@ def effects_of(records: Sequence[PassRecord]) -> list[Effect]:
         for record in records
         if "operators" in record.details
     ]
+
+
+def verification_of(records: Sequence[PassRecord]) -> dict[str, dict[str, float]]:
+    """Layer -> graph pass, or ``all`` -> how far the logits behind it are from those before; empty if not verified."""
+    found: dict[str, dict[str, float]] = {}
+    for record in records:
+        if record.name == "verify_lowering":
+            for layer, difference in record.details.items():
+                # Builds before each pass was verified by itself have the one number of all of them.
+                found[layer] = difference if isinstance(difference, dict) else {WHOLE: difference}
+    return found
 
 
 def by_kind(operators: Mapping[str, int]) -> dict[str, int]:

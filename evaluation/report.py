@@ -1,22 +1,20 @@
 """A build's report for people, ``report.html``, and the same facts for programs, ``report.json``."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llmopt.calibration.texts import SAMPLED
-from llmopt.evaluation.operators import KINDS, Effect, by_kind, effects_of
+from llmopt.evaluation.operators import KINDS, WHOLE, Effect, by_kind, effects_of, verification_of
 from llmopt.evaluation.pages import Segment, measured, megabytes, rendered, segments
 from llmopt.optimizer.manifest import Engine, GateResult, Layer, Manifest, Measurement, PassRecord
 from llmopt.optimizer.scheme import Scheme
 
-__all__ = ["VERIFICATION", "page", "summary", "write_report"]
+__all__ = ["page", "summary", "write_report"]
 
 _KEPT = ("llmopt", "versions", "source", "recipe", "architecture", "layers", "sizes", "passes", "measurements", "files")
-
-VERIFICATION = "verify_lowering"
-"""The record that says how far each layer's engine is from the standard graph."""
 
 
 def write_report(manifest: Manifest, directory: Path) -> None:
@@ -57,7 +55,11 @@ def page(manifest: Manifest, record: Mapping[str, Any] | None = None) -> str:
                 "scheme": _size_bar({entry["scheme"]: entry["bytes"] for entry in facts["schemes"]}),
             },
             "graphs": [
-                {**graph, **_plot(effects_of(manifest.graph_passes.get(graph["engine"], ())))}
+                {
+                    **graph,
+                    **_plot(effects_of(manifest.graph_passes.get(graph["engine"], ()))),
+                    "checks": _checks(graph["verification"]),
+                }
                 for graph in facts["graphs"]
             ],
             "steps": [{**step, "options": _short(step["options"])} for step in facts["passes"]],
@@ -112,12 +114,7 @@ def _graph(engine: Engine, records: Sequence[PassRecord]) -> dict[str, Any]:
             for effect in effects
         ],
         "final": dict(sorted(final.items(), key=lambda item: (-item[1], item[0]))),
-        "verification": {
-            layer: difference
-            for record in records
-            if record.name == VERIFICATION
-            for layer, difference in record.details.items()
-        },
+        "verification": verification_of(records),
         "fallbacks": [f"{record.name}: {text}" for record in records for text in record.fallbacks],
         "notes": [f"{record.name}: {text}" for record in records for text in record.notes],
     }
@@ -134,6 +131,24 @@ def _plot(effects: Sequence[Effect]) -> dict[str, Any]:
         for effect, graph in zip([None, *effects], graphs, strict=True)
     ]
     return {"rows": rows, "legend": segments(dict.fromkeys(KINDS, 1), KINDS, total=len(KINDS))}
+
+
+def _checks(verification: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
+    """A row per graph pass that was verified: its largest difference, and a strip with a field per layer."""
+    names = list(dict.fromkeys(name for found in verification.values() for name in found))
+    rows = []
+    for name in sorted(names, key=lambda name: name == WHOLE):
+        found = {layer: differences[name] for layer, differences in verification.items() if name in differences}
+        worst = max(found, key=lambda layer: found[layer])
+        strip = segments(dict.fromkeys(found, 1), list(found), total=len(found), colours=("c0",))
+        fields = [{"segment": field, "value": found[field.name], "shade": _shade(found[field.name])} for field in strip]
+        rows.append({"name": name, "layers": len(found), "largest": found[worst], "worst": worst, "fields": fields})
+    return rows
+
+
+def _shade(difference: float) -> float:
+    """Opacity of a field: none for equal, all for a difference of 1e-4 and more, and logarithmic between."""
+    return 0.0 if difference <= 0 else round(min(1.0, max(0.15, (math.log10(difference) + 9) / 5)), 2)
 
 
 def _size_bar(sizes: Mapping[str, int]) -> list[Segment]:

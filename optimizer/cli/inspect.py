@@ -141,6 +141,8 @@ def _rows(manifest: "Manifest", *, every_layer: bool) -> list[_Row]:
 def _print_passes(manifest: "Manifest", console: "Console") -> None:
     from rich.table import Table
 
+    from llmopt.evaluation.operators import verification_of
+
     table = Table(title="passes", title_justify="left")
     for name in ("pass", "applied", "notes"):
         table.add_column(name)
@@ -149,9 +151,11 @@ def _print_passes(manifest: "Manifest", console: "Console") -> None:
         declined = record.details.get("declined") or []
         notes = [*(f"fallback: {text}" for text in record.fallbacks), *record.notes]
         notes += [f"declined {len(declined)}: {declined[0]}"] if declined else []
-        if record.name == "verify_lowering" and record.details:
-            worst = max(record.details, key=lambda name: float(record.details[name]))
-            notes.append(f"{len(record.details)} layers, worst {worst}: {record.details[worst]:.2g}")
+        verified = verification_of([record])
+        differences = [(value, layer, name) for layer, found in verified.items() for name, value in found.items()]
+        if differences:
+            value, layer, name = max(differences)
+            notes.append(f"{len(verified)} layers; largest difference {value:.2g}: {layer}, {name}")
         applied = str(record.details.get("applied", "yes" if record.changed else ""))
         table.add_row(record.name, applied, "\n".join(notes))
     console.print(table)

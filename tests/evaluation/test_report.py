@@ -68,7 +68,14 @@ def manifest():
                         },
                     },
                 ),
-                PassRecord(name="verify_lowering", changed=False, details={"layers.0": 2.5e-7, "layers.1": 3.5e-7}),
+                PassRecord(
+                    name="verify_lowering",
+                    changed=False,
+                    details={
+                        "layers.0": {"fuse_silu": 0.0, "lower": 2.5e-7, "all": 2.5e-7},
+                        "layers.7": {"fuse_silu": 0.0, "lower": 3.5e-7, "all": 3.6e-7},
+                    },
+                ),
             ]
         },
         measurements=[
@@ -132,7 +139,8 @@ def test_both_files_hold_the_same_facts(manifest, tmp_path):
         "4.0 operators per layer",
         "fuse_silu left near-matches alone: 2 × no kernel for <half>",
         "fallback: less <than> asked one & only",
-        "layers.1 3.5e-07",
+        "fuse_silu 2 0 layers.0: 0 layers.7: 0 lower 2 3.5e-07 layers.7 layers.0: 2.5e-07 layers.7: 3.5e-07",
+        "all passes 2 3.6e-07 layers.7",
         "torch 9.8.7",
         "model.gguf source " + "cd" * 32,
     ],
@@ -233,3 +241,9 @@ def test_a_build_whose_graph_passes_counted_no_operators_has_a_report_too(manife
     record = PassRecord(name="fuse_silu", changed=True, details={"applied": 2, "declined": []})
     html = page(manifest.model_copy(update={"graph_passes": {"engine/model.onnx": [record]}}))
     assert "operators per layer" not in html
+
+
+def test_a_build_from_before_each_pass_was_verified_has_a_row_for_all_of_them(manifest):
+    record = PassRecord(name="verify_lowering", changed=False, details={"layers.0": 2e-7})
+    shown = words_of(page(manifest.model_copy(update={"graph_passes": {"engine/model.onnx": [record]}})))
+    assert "all passes 1 2.0e-07 layers.0" in shown
