@@ -41,7 +41,7 @@ class _RowWise(pattern.RewriteRuleClassBase):  # type: ignore[misc]
     def rewrite(self, op: Any, x: ir.Value, rows: ir.Value, inner: ir.Value) -> Any:
         node = inner.producer()
         assert node is not None
-        selected = op.SelectRows(x, rows, _domain=_DOMAIN)
+        selected = _selected(op, x, rows)
         rest = node.inputs[1:]
         return getattr(op, self._op_type)(selected, *rest, _domain=self._domain, **node.attributes)
 
@@ -63,7 +63,7 @@ class _Elementwise(pattern.RewriteRuleClassBase):  # type: ignore[misc]
         return result
 
     def rewrite(self, op: Any, x: ir.Value, y: ir.Value, rows: ir.Value) -> Any:
-        first, second = (op.SelectRows(value, rows, _domain=_DOMAIN) for value in (x, y))
+        first, second = (_selected(op, value, rows) for value in (x, y))
         return getattr(op, self._op_type)(first, second)
 
 
@@ -80,7 +80,12 @@ class _Bias(pattern.RewriteRuleClassBase):  # type: ignore[misc]
         return result
 
     def rewrite(self, op: Any, x: ir.Value, bias: ir.Value, rows: ir.Value) -> Any:
-        return op.Add(op.SelectRows(x, rows, _domain=_DOMAIN), bias)
+        return op.Add(_selected(op, x, rows), bias)
+
+
+def _selected(op: Any, x: ir.Value, rows: ir.Value) -> Any:
+    """``SelectRows(x, rows)``, whose name tells what it is rows of, for those who read the graph."""
+    return op.SelectRows(x, rows, _domain=_DOMAIN, _outputs=[f"{x.name}.selected"])
 
 
 class SelectRows(GraphPass):

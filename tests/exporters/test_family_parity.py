@@ -146,6 +146,14 @@ def test_the_engine_computes_what_transformers_does(
     assert same
 
 
+def test_a_sequence_is_decoded_to_the_same_bits_whatever_shares_the_step(
+    backend: OnnxRuntimeBackend, ids: np.ndarray
+) -> None:
+    together = ragged(backend, ids, [17, 5, 40])
+    for slot, length in enumerate((17, 5, 40)):
+        np.testing.assert_array_equal(ragged(backend, ids, [length])[0], together[slot])
+
+
 def test_each_feature_would_be_missed(family: Family, ids: np.ndarray) -> None:
     expected = family.logits(ids)[:40]
     without = {name: difference(logits_of(*changed, ids[:40]), expected) for name, changed in features(family.model)}

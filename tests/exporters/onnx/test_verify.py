@@ -1,14 +1,16 @@
 """The lowered graph is run against the standard one, and a broken lowering is caught with its layer's name."""
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
-from llmopt.exporters.onnx.verify import verify_lowering
+from llmopt.exporters.onnx.verify import _quick, verify_lowering
 from llmopt.optimizer.errors import MissingExtraError, VerificationError
 from llmopt.optimizer.model import DenseWeight
+from llmopt.optimizer.sources import load_model
 from llmopt.optimizer.target import TARGETS
 from llmopt.passes.graph import fuse_norm, fuse_silu, lower_attention, lower_linear, select_rows
 
@@ -43,9 +45,10 @@ def test_quick_takes_every_layer_of_a_small_model_once(model_of, count, layers):
 @pytest.mark.parametrize("biased", [False, True])
 def test_a_right_lowering_stays_within_the_limit(model_of, scheme, options, limit, biased):
     changes = {"num_hidden_layers": 1, "attention_bias": biased, "mlp_bias": biased}
-    differences = verified(model_of(scheme, options, **changes))
+    (differences,) = verified(model_of(scheme, options, **changes)).values()
     assert all(0 <= difference < limit for difference in differences.values())
-    assert scheme in (None, "W8A8") or max(differences.values()) > 0
+    assert scheme in (None, "W8A8") or differences["all"] > 0
+    assert {"select_rows", "fuse_qkv", "lower_attention"} <= differences.keys()
 
 
 def test_the_same_seed_finds_the_same(model_of):
@@ -67,15 +70,17 @@ def scaled(rewrite, factor):
 @pytest.mark.parametrize("scheme", [None, "W8A8", "W8A16"])
 def test_a_broken_graph_pass_is_caught(model_of, monkeypatch, scheme):
     monkeypatch.setattr(fuse_silu._SiluRule, "rewrite", scaled(fuse_silu._SiluRule.rewrite, 1.5))
-    with pytest.raises(VerificationError, match=r"layer 0: .* differ .* by .* is accepted") as caught:
+    message = r"^layer 0: fuse_silu changes the result: .* by .* is accepted; first at .* model.layers.0.mlp.product"
+    with pytest.raises(VerificationError, match=message) as caught:
         verified(model_of(scheme))
+    assert "for 11 tokens behind 0 cached ones (seed 0)" in str(caught.value)
     assert caught.value.exit_code == 6
     assert "graph pass" in caught.value.hint
 
 
 def test_a_small_mistake_is_caught_where_kernels_are_exact(model_of, monkeypatch):
     monkeypatch.setattr(lower_linear._PerTokenRule, "rewrite", scaled(lower_linear._PerTokenRule.rewrite, 1.01))
-    with pytest.raises(VerificationError, match="layer 0"):
+    with pytest.raises(VerificationError, match="layer 0: lower_linear changes the result"):
         verified(model_of("W8A8"))
 
 
@@ -132,7 +137,7 @@ def test_a_cache_that_decoding_misreads_is_caught(model_of, monkeypatch):
         return query, key
 
     monkeypatch.setattr(lower_attention, "_rope", backwards)
-    with pytest.raises(VerificationError, match="layer 0"):
+    with pytest.raises(VerificationError, match=r"lower_attention changes .* model.layers.0.attention.output"):
         verified(model_of(num_hidden_layers=1))
 
 
@@ -145,5 +150,43 @@ def test_rows_picked_from_one_operand_in_the_wrong_order_are_caught(model_of, mo
         return getattr(op, self._op_type)(first, op.SelectRows(y, rows, _domain="llmopt"))
 
     monkeypatch.setattr(select_rows._Elementwise, "rewrite", unordered)
-    with pytest.raises(VerificationError, match="layer 0"):
+    with pytest.raises(VerificationError, match=r"select_rows changes .* for 8 tokens behind 11 cached ones"):
         verified(model_of(num_hidden_layers=1))
+
+
+def test_a_mistake_that_only_a_ragged_step_shows_is_caught(model_of, monkeypatch):
+    """Every sequence told to be as long as the longest: right alone, wrong beside others."""
+    right = lower_attention._AttentionRule.rewrite
+
+    def longest(self, op, lengths, attended, **matched):
+        level = op.Add(op.Mul(lengths, op.Constant(value_int=0)), op.ReduceMax(lengths, keepdims=1))
+        return right(self, op, lengths=level, attended=attended, **matched)
+
+    monkeypatch.setattr(lower_attention._AttentionRule, "rewrite", longest)
+    with pytest.raises(VerificationError, match=r"lower_attention changes .* for 1 token behind 19, 15, 4 cached ones"):
+        verified(model_of(num_hidden_layers=1))
+
+
+def test_quick_takes_one_layer_of_every_kind(family_of, tmp_path):
+    model = load_model(str(family_of("qwen3_moe")), cache=tmp_path)
+    kinds = [[layer.attention.window, type(layer.mlp).__name__] for layer in model.decoder.layers]
+    assert kinds == [[None, "Experts"], [None, "Mlp"], [None, "Experts"]]
+    layers = (model.decoder.layers[0],) * 3 + (model.decoder.layers[1],) + (model.decoder.layers[0],) * 4
+    model.__dict__["decoder"] = replace(model.decoder, layers=layers)
+    assert _quick(model) == [0, 3, 4, 7]
+
+
+def test_a_window_is_exceeded(family_of, tmp_path, monkeypatch):
+    """A window of thousands is cut down, so that a lowering without it is caught."""
+    model = load_model(str(family_of("phi3-window")), cache=tmp_path)
+    model = replace(model, config={**model.config, "sliding_window": 4096})
+    assert model.decoder.layers[0].attention.window == 4096
+    assert max(verified(model)["layers.0"].values()) < 1e-5
+    attributes = lower_attention._attributes
+    monkeypatch.setattr(
+        lower_attention,
+        "_attributes",
+        lambda node: {k: v for k, v in attributes(node).items() if k != "local_window_size"},
+    )
+    with pytest.raises(VerificationError, match="lower_attention changes the result"):
+        verified(model)
