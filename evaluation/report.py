@@ -58,7 +58,7 @@ def page(manifest: Manifest, record: Mapping[str, Any] | None = None) -> str:
                 {
                     **graph,
                     **_plot(effects_of(manifest.graph_passes.get(graph["engine"], ()))),
-                    "checks": _checks(graph["verification"]),
+                    "checks": _checks(graph["verification"], graph["passes"]),
                 }
                 for graph in facts["graphs"]
             ],
@@ -133,11 +133,14 @@ def _plot(effects: Sequence[Effect]) -> dict[str, Any]:
     return {"rows": rows, "legend": segments(dict.fromkeys(KINDS, 1), KINDS, total=len(KINDS))}
 
 
-def _checks(verification: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
+def _checks(
+    verification: Mapping[str, Mapping[str, float]], passes: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
     """A row per graph pass that was verified: its largest difference, and a strip with a field per layer."""
-    names = list(dict.fromkeys(name for found in verification.values() for name in found))
+    order = [each["name"] for each in passes]
+    names = dict.fromkeys(name for found in verification.values() for name in found)
     rows = []
-    for name in sorted(names, key=lambda name: name == WHOLE):
+    for name in sorted(names, key=lambda name: (order.index(name) if name in order else len(order), name == WHOLE)):
         found = {layer: differences[name] for layer, differences in verification.items() if name in differences}
         worst = max(found, key=lambda layer: found[layer])
         strip = segments(dict.fromkeys(found, 1), list(found), total=len(found), colours=("c0",))

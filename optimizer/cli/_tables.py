@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Group, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -98,18 +100,18 @@ def gates_table(verdict: Verdict) -> Table:
 
 
 def graph_passes_table(engine: str, effects: "Sequence[Effect]") -> Table:
-    """How many operators each graph pass found and left, and which ones went and came."""
+    """How many operators each graph pass found and left, and below its name which ones went and came."""
     from llmopt.evaluation.operators import short_name
 
     table = Table(title=f"graph passes of {engine}", title_justify="left")
-    table.add_column("pass", no_wrap=True)
+    table.add_column("pass")
     for name in ("applied", "operators"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("change", overflow="fold")
     for effect in effects:
         change = ", ".join(f"{count:+d} {short_name(name)}" for name, count in effect.changes.items())
+        lines: list[RenderableType] = [effect.name, Padding(change, (0, 0, 0, 2), style="dim")]
         before, after = sum(effect.before.values()), sum(effect.after.values())
-        table.add_row(effect.name, str(effect.applied), f"{before:,} → {after:,}", change)
+        table.add_row(Group(*lines[: 1 + bool(change)]), str(effect.applied), f"{before:,} → {after:,}")
     return table
 
 

@@ -72,8 +72,8 @@ def manifest():
                     name="verify_lowering",
                     changed=False,
                     details={
-                        "layers.0": {"fuse_silu": 0.0, "lower": 2.5e-7, "all": 2.5e-7},
-                        "layers.7": {"fuse_silu": 0.0, "lower": 3.5e-7, "all": 3.6e-7},
+                        "layers.0": {"all": 2.5e-7, "fuse_silu": 0.0, "lower": 2.5e-7},
+                        "layers.7": {"all": 3.6e-7, "fuse_silu": 0.0, "lower": 3.5e-7},
                     },
                 ),
             ]
@@ -137,7 +137,7 @@ def test_both_files_hold_the_same_facts(manifest, tmp_path):
         "mlp 0.0 MB, 50.0%",
         "4,096 tokens at most",
         "4.0 operators per layer",
-        "fuse_silu left near-matches alone: 2 × no kernel for <half>",
+        "fuse_silu left near-matches alone: no kernel for <half> (2 times)",
         "fallback: less <than> asked one & only",
         "fuse_silu 2 0 layers.0: 0 layers.7: 0 lower 2 3.5e-07 layers.7 layers.0: 2.5e-07 layers.7: 3.5e-07",
         "all passes 2 3.6e-07 layers.7",
