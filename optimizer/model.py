@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from llmopt.optimizer.arch.base import Arch
-from llmopt.optimizer.decoder import Decoder, describe
+from llmopt.optimizer.decoder import Decoder
+from llmopt.optimizer.resolver import describe
 from llmopt.optimizer.scheme import Scheme
 
 __all__ = ["DenseWeight", "Model", "QuantTensors", "QuantWeight", "RowLoader", "Source", "Weight"]

@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 
 from llmopt.optimizer.arch import falcon, find, gemma2, gemma3, gpt2, gpt_neox, llama, mixtral, opt, phi3, qwen3_moe
-from llmopt.optimizer.decoder import Experts, Mlp, describe
+from llmopt.optimizer.decoder import Experts, Mlp
 from llmopt.optimizer.errors import InputError, UnsupportedError
 from llmopt.optimizer.hf_config import complete
+from llmopt.optimizer.resolver import describe
 
 SMALL = {
     "vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
