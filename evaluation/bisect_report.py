@@ -6,7 +6,7 @@ from typing import Any
 from llmopt.evaluation.bisect import Bisection, Step
 from llmopt.evaluation.pages import nats, rendered, segments
 
-__all__ = ["bisection_facts", "bisection_page", "shares"]
+__all__ = ["bisection_facts", "bisection_page", "longest_bar", "shares"]
 
 _COLOURS = ("c0", "c2")
 
@@ -26,7 +26,7 @@ def bisection_facts(bisection: Bisection) -> dict[str, Any]:
 
 def bisection_page(bisection: Bisection) -> str:
     """The table with a bar for each step."""
-    longest = max(step.kl for step in bisection.steps) or 1.0
+    longest = longest_bar(bisection)
     order = ("before the step", "added by the step, beyond noise")
     rows = []
     for step in bisection.steps:
@@ -50,6 +50,11 @@ def bisection_page(bisection: Bisection) -> str:
             ),
         },
     )
+
+
+def longest_bar(bisection: Bisection) -> float:
+    """The KL of the longest bar, in nats per token: of steps that lose nothing, rounding is not drawn large."""
+    return max(1e-6, *(step.kl for step in bisection.steps))
 
 
 def shares(step: Step) -> tuple[float, float]:

@@ -24,6 +24,7 @@ _BAR = 12
 
 def bisection_table(bisection: "Bisection") -> Table:
     """A row per step with a bar for its KL, of which red is what the step added beyond the noise."""
+    from llmopt.evaluation.bisect_report import longest_bar
     from llmopt.evaluation.pages import nats
 
     table = Table(
@@ -39,7 +40,7 @@ def bisection_table(bisection: "Bisection") -> Table:
     for name in ("KL", "top-1", "change", "±", "applied", "s"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True, min_width=_BAR)
-    longest = max(step.kl for step in bisection.steps)
+    longest = longest_bar(bisection)
     kinds = [None, *(step.kind for step in bisection.steps)]
     for step, before in zip(bisection.steps, kinds, strict=False):
         is_pass = step.kind in ("weight pass", "graph pass")
@@ -64,7 +65,7 @@ def bisection_table(bisection: "Bisection") -> Table:
 def _bar(step: "Step", longest: float) -> Text:
     from llmopt.evaluation.bisect_report import shares
 
-    kept, added = (round(_BAR * share / longest) if longest else 0 for share in shares(step))
+    kept, added = (round(_BAR * share / longest) for share in shares(step))
     return Text.assemble(("█" * kept, "blue"), ("█" * added, "red"))
 
 

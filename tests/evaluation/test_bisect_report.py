@@ -8,7 +8,7 @@ import torch
 
 from llmopt.calibration.texts import Tokens
 from llmopt.evaluation.bisect import Bisection, Step
-from llmopt.evaluation.bisect_report import bisection_facts, bisection_page, shares
+from llmopt.evaluation.bisect_report import bisection_facts, bisection_page, longest_bar, shares
 
 
 @pytest.fixture
@@ -50,6 +50,13 @@ def test_bars_show_what_a_step_added_beyond_the_noise(bisection: Bisection) -> N
 def test_a_bar_is_never_longer_than_its_kl() -> None:
     step = Step("it", "graph pass", True, 1, 0.01, 0.9, 0.02, 0.001, 1.0)
     assert shares(step) == (0.0, 0.01)
+
+
+def test_rounding_is_not_drawn_as_a_loss(bisection: Bisection) -> None:
+    step = Step("it", "graph pass", True, 1, 2e-9, 1.0, 2e-9, 1e-8, 1.0)
+    html = bisection_page(Bisection("m", bisection.text, (bisection.steps[0], step)))
+    assert re.findall(r'class="c0" x="0.0" width="([\d.]+)"', html) == ["2.0"]
+    assert longest_bar(bisection) == 0.04
 
 
 def test_the_page_says_what_was_found_and_loads_nothing(bisection: Bisection) -> None:
