@@ -33,7 +33,7 @@ def bisection_table(bisection: "Bisection") -> Table:
         show_edge=False,
         title="KL divergence from the source model, nats per token",
         title_justify="left",
-        caption="in parentheses: noise, within two standard errors (±)",
+        caption="in parentheses: noise, within three standard errors (±)",
         caption_justify="left",
     )
     table.add_column("step", overflow="fold")

@@ -164,15 +164,15 @@ def step_of(change: float, error: float | None) -> Step:
 @pytest.mark.parametrize(
     ("change", "error", "is_noise"),
     [
-        (0.1, 0.04, False),
-        (0.1, 0.06, True),
-        (-0.1, 0.06, True),
-        (-0.1, 0.04, False),
+        (0.1, 0.03, False),
+        (0.1, 0.04, True),
+        (-0.1, 0.04, True),
+        (-0.1, 0.03, False),
         (0.0, None, True),
         (0.1, None, False),
     ],
 )
-def test_a_change_within_two_errors_is_noise(change: float, error: float | None, is_noise: bool) -> None:
+def test_a_change_within_three_errors_is_noise(change: float, error: float | None, is_noise: bool) -> None:
     assert step_of(change, error).is_noise is is_noise
 
 
