@@ -51,6 +51,7 @@ TARGETS = {
             "fuse_silu",
             "lower_attention",
             "lower_embedding",
+            "lower_experts",
             "share_activation_quantization",
             "lower_linear",
             "inline_composites",

@@ -142,14 +142,15 @@ def activated(builder: GraphBuilder, activation: Activation, x: ir.Value, *, nam
 
 
 def experts(activation: Activation) -> ir.Function:
-    """``Experts(x, scores, gate_up, down; top_k, normalize) -> y``: a mixture of gated experts.
+    """``Experts(x, scores, gate_up, down; top_k, normalize, activation) -> y``: a mixture of gated experts.
 
     - x ``[batch, tokens, hidden]``; scores ``[batch, tokens, experts]``, the router's logits;
     - gate_up ``[experts, hidden, 2*inner]``, gate's columns, then up's; down ``[experts, inner, hidden]``.
 
     With p = softmax(scores), y is the sum over the ``top_k`` experts with the largest p of p times
     ``down(activation(gate(x)) * up(x))``; with normalize the p of these experts are divided by their sum. This body
-    computes all experts for all tokens and multiplies with zero those that a token does not reach.
+    computes all experts for all tokens and multiplies with zero those that a token does not reach. Its activation is
+    that of ``activation``: the attribute tells those who replace the body.
     """
     builder = GraphBuilder()
     inputs = _values("x", "scores", "gate_up", "down")
@@ -172,7 +173,7 @@ def experts(activation: Activation) -> ir.Function:
     shares = builder.op("Unsqueeze", builder.op("Transpose", shares, perm=[1, 0]), _ints(builder, 2))
     mixed = builder.op("ReduceSum", builder.op("Mul", each, shares), _ints(builder, 0), keepdims=0)
     y = builder.op("Reshape", mixed, builder.op("Shape", x), name="y")
-    return _function("Experts", inputs, [y], builder, ["top_k", "normalize"])
+    return _function("Experts", inputs, [y], builder, ["top_k", "normalize", "activation"])
 
 
 def _flat(builder: GraphBuilder, x: ir.Value) -> ir.Value:

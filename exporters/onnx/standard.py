@@ -217,7 +217,8 @@ class _Graph:
         gate_up, down = expert_weights(self.builder, f"{layer}.mlp.experts", weights)
         return self._composite(
             composites.experts(experts.activation), x, scores, gate_up, down,
-            name=f"{layer}.mlp.experts.output", top_k=experts.top_k, normalize=int(experts.normalize),
+            name=f"{layer}.mlp.experts.output",
+            top_k=experts.top_k, normalize=int(experts.normalize), activation=experts.activation,
         )  # fmt: skip
 
     def _norm(self, norm: Norm | None, x: ir.Value) -> ir.Value:
@@ -289,7 +290,7 @@ class _Graph:
             return x
         return self.builder.op("Mul", x, self.builder.constant(np.float32(factor), f"{name}.by"), name=name)
 
-    def _composite(self, function: ir.Function, *inputs: ir.Value, name: str, **attributes: int) -> ir.Value:
+    def _composite(self, function: ir.Function, *inputs: ir.Value, name: str, **attributes: int | str) -> ir.Value:
         """A node of a composite, whose function becomes part of the model."""
         self.functions.setdefault(function.name, function)
         return self.builder.op(function.name, *inputs, name=name, domain=DOMAIN, **attributes)
