@@ -45,10 +45,10 @@ TARGETS = {
         name="cpu",
         graph_passes=(
             "select_rows",
+            "fuse_norm",
+            "fuse_activation",
             "fuse_qkv",
             "fuse_gate_up",
-            "fuse_norm",
-            "fuse_silu",
             "lower_attention",
             "lower_embedding",
             "lower_experts",

@@ -98,7 +98,10 @@ class _Graph:
             zero, one = (builder.constant(np.int64(number), f"int.{number}") for number in (0, 1))
             tokens = builder.op("Squeeze", builder.op("Shape", self.ids, start=1, end=2))
             first = builder.op("Unsqueeze", self.lengths, builder.constant(np.array([1]), "axis.1"))
-            self.made["positions"] = builder.op("Add", first, builder.op("Range", zero, tokens, one), name="positions")
+            positions = builder.op("Add", first, builder.op("Range", zero, tokens, one), name="positions")
+            # ONNX's own inference does not see that a Range up to the number of tokens has as many elements.
+            positions.type, positions.shape = self.ids.type, self.ids.shape
+            self.made["positions"] = positions
         return self.made["positions"]
 
     def _layer(self, i: int, layer: Layer, hidden: ir.Value) -> list[ir.Value]:

@@ -1,6 +1,7 @@
-"""Joins the weights of linears that read the same input into one weight."""
+"""Joins linears that read the same input into one."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,25 +10,66 @@ import onnx_ir as ir
 from llmopt.optimizer.lazy_tensor import lazy_tensor
 from llmopt.passes.graph._rules import attribute, producer
 
-__all__ = ["columns", "pack_biases", "pack_weights", "refusal"]
+__all__ = ["Linear", "columns", "linear_of", "pack", "refusal"]
 
 
-def columns(weight: ir.Value) -> int:
-    """Outputs of a weight ``[in, out]`` that ``refusal`` accepts."""
-    assert weight.shape is not None
-    return int(weight.shape.numpy()[1])
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """A linear in a graph: ``x`` times ``weight``, plus ``bias`` where it has one.
 
-
-def refusal(weights: Sequence[ir.Value], biases: Sequence[ir.Value | None] = ()) -> str | None:
-    """Why these MatMul weights, and the biases added to their products, cannot become one; None when they can.
-
-    They can when all weights are initializers, or all DequantizeLinear of initializers with equal types and
-    attributes and a scale for each output, and all biases are initializers with a value for each output.
+    Attributes:
+        x: ``[..., in]``.
+        weight: ``[in, out]`` where ``refusal`` accepts it.
+        bias: ``[out]`` where ``refusal`` accepts it.
+        nodes: The MatMul, and the Add behind it.
     """
+
+    x: ir.Value
+    weight: ir.Value
+    bias: ir.Value | None
+    nodes: tuple[ir.Node, ...]
+
+
+def linear_of(value: ir.Value | None) -> Linear | None:
+    """The linear whose result ``value`` is, or None; the bias may be either operand of the addition."""
+    addition = producer(value, "Add")
+    operands = [value] if addition is None else list(addition.inputs)
+    for product, bias in zip(operands, [None] if addition is None else reversed(operands), strict=True):
+        matmul = producer(product, "MatMul")
+        if matmul is not None and matmul.inputs[0] is not None and matmul.inputs[1] is not None:
+            nodes = (matmul,) if addition is None else (matmul, addition)
+            return Linear(matmul.inputs[0], matmul.inputs[1], bias, nodes)
+    return None
+
+
+def columns(linear: Linear) -> int:
+    """Outputs of a linear that ``refusal`` accepts."""
+    assert linear.weight.shape is not None
+    return int(linear.weight.shape.numpy()[1])
+
+
+def refusal(linears: Sequence[Linear], between: Sequence[ir.Node] = ()) -> str | None:
+    """Why these linears cannot become one; None when they can.
+
+    They can when they read the same input, all weights are initializers, or all DequantizeLinear of initializers with
+    equal types and attributes and a scale for each output, and all biases are initializers with a value for each
+    output; and when nothing else reads what they and the nodes ``between`` make, which would keep them computed twice.
+    """
+    if len({id(linear.x) for linear in linears}) > 1:
+        return "the linears read different inputs"
+    made = [node.outputs[0] for linear in linears for node in linear.nodes] + [node.outputs[0] for node in between]
+    if any(len(value.uses()) > 1 or value.is_graph_output() for value in made):
+        return "a linear's result is read by something else too"
+    if len({linear.bias is None for linear in linears}) > 1:
+        return "some of the linears have a bias and some have none"
+    return _weights_refusal([linear.weight for linear in linears]) or _biases_refusal(linears)
+
+
+def _weights_refusal(weights: Sequence[ir.Value]) -> str | None:
     if any(weight.shape is None or len(weight.shape) != 2 for weight in weights):
         return "a weight is no matrix"
-    if not all(_is_bias(bias, weight) for bias, weight in zip(biases, weights, strict=False) if bias is not None):
-        return "an addend is no constant vector with one value per output"
+    if any(len(weight.uses()) > 1 for weight in weights):
+        return "a weight is read by something else too, and would be stored twice"
     if all(weight.is_initializer() for weight in weights):
         return None
     nodes = [node for weight in weights if (node := producer(weight, "DequantizeLinear")) is not None]
@@ -38,6 +80,12 @@ def refusal(weights: Sequence[ir.Value], biases: Sequence[ir.Value | None] = ())
     if any(value is not None and value.const_value is None for node in nodes for value in node.inputs):
         return "a weight is not constant"
     return None if all(_is_per_output(node) for node in nodes) else "the linears' scales are not one per output"
+
+
+def _biases_refusal(linears: Sequence[Linear]) -> str | None:
+    if all(linear.bias is None or _is_bias(linear.bias, linear.weight) for linear in linears):
+        return None
+    return "an addend is no constant vector with one value per output"
 
 
 def _is_bias(bias: ir.Value, weight: ir.Value) -> bool:
@@ -55,29 +103,33 @@ def _kind(node: ir.Node) -> tuple[Any, ...]:
     return (dtypes, attribute(node, "axis", 1), attribute(node, "block_size", 0))
 
 
-def pack_weights(op: Any, weights: Sequence[ir.Value], module: str) -> Any:
-    """One weight ``[in, sum of out]`` from weights ``[in, out]`` that ``refusal`` accepts.
+def pack(op: Any, linears: Sequence[Linear], module: str) -> Any:
+    """The results of all linears, which ``refusal`` accepts, side by side along the last axis.
 
     Args:
         op: The rewriter's builder.
-        weights: In the order of the packed columns.
+        linears: In the order of their columns.
         module: Names the new initializers.
     """
+    weight = _pack_weights(op, [linear.weight for linear in linears], module)
+    packed = op.MatMul(linears[0].x, weight, _outputs=[f"{module}.output"])
+    biases = [linear.bias for linear in linears if linear.bias is not None]
+    if not biases:
+        return packed
+    return op.Add(packed, _joined(op, biases, name=f"{module}.bias"), _outputs=[f"{module}.biased"])
+
+
+def _pack_weights(op: Any, weights: Sequence[ir.Value], module: str) -> Any:
+    """One weight ``[in, sum of out]`` from weights ``[in, out]``."""
     if all(weight.is_initializer() for weight in weights):
         return _joined(op, weights, name=f"{module}.weight")
     nodes = [node for weight in weights if (node := weight.producer()) is not None]
     suffixes = ("weight", "weight_scale", "weight_zero_point")
-    columns = zip(*(node.inputs for node in nodes), strict=True)
     inputs = [
         _joined(op, [value for value in values if value is not None], name=f"{module}.{suffix}")
-        for suffix, values in zip(suffixes, columns, strict=False)
+        for suffix, values in zip(suffixes, zip(*(node.inputs for node in nodes), strict=True), strict=False)
     ]
-    return op.DequantizeLinear(*inputs, **nodes[0].attributes)
-
-
-def pack_biases(op: Any, biases: Sequence[ir.Value], module: str) -> Any:
-    """One bias ``[sum of out]``."""
-    return _joined(op, biases, name=f"{module}.bias")
+    return op.DequantizeLinear(*inputs, _outputs=[f"{module}.weight_dequantized"], **nodes[0].attributes)
 
 
 def _joined(op: Any, values: Sequence[ir.Value], *, name: str) -> Any:

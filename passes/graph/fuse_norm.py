@@ -35,8 +35,9 @@ class _SkipNormRule(pattern.RewriteRuleClassBase):  # type: ignore[misc]
         node = normed.producer()
         assert node is not None
         epsilon = node.attributes["epsilon"].as_float() if "epsilon" in node.attributes else 1e-5
+        names = [normed.name, f"{normed.name}.mean", f"{normed.name}.inverse_deviation", f"{normed.name}.sum"]
         output, _, _, total = op.SkipSimplifiedLayerNormalization(
-            x, y, weight, epsilon=epsilon, _domain="com.microsoft", _outputs=4
+            x, y, weight, epsilon=epsilon, _domain="com.microsoft", _outputs=names
         )
         return output, total
 

@@ -57,10 +57,11 @@ class _AttentionRule(pattern.RewriteRuleClassBase):  # type: ignore[misc]
         assert node is not None
         caches = (matched["past_key"], matched["past_value"])
         # Made alike for every layer and merged into one by the common subexpression elimination that follows.
-        tokens = op.Shape(self._ids, start=1, end=2)
-        total = op.Cast(op.Add(lengths, tokens), to=ir.DataType.INT32.value)
-        last = op.Sub(total, op.Constant(value=ir.tensor(1, dtype=ir.DataType.INT32)))
-        longest = op.ReduceMax(total, keepdims=0)
+        tokens = op.Shape(self._ids, start=1, end=2, _outputs=["tokens"])
+        lengths = op.Add(lengths, tokens, _outputs=["lengths"])
+        total = op.Cast(lengths, to=ir.DataType.INT32.value, _outputs=["lengths.int32"])
+        last = op.Sub(total, op.Constant(value=ir.tensor(1, dtype=ir.DataType.INT32)), _outputs=["last_positions"])
+        longest = op.ReduceMax(total, keepdims=0, _outputs=["longest"])
         inputs, tables = list(node.inputs[:3]), []
         if (rope := _rope(node)) is not None:
             inputs[:2] = [one.inputs[0] for one in rope]

@@ -27,7 +27,7 @@ class _PerTokenRule(pattern.RewriteRuleClassBase):  # type: ignore[misc]
     def pattern(self, op: Any, integers: Any, step: Any, middle: Any, largest: Any, values: Any, scale: Any) -> Any:
         rounded = op.Mul(op.DequantizeLinear(integers, step, middle), largest)
         weight = op.DequantizeLinear(values, scale, _allow_other_attributes=True, _outputs=["weight"])
-        return op.MatMul(rounded, weight)
+        return op.MatMul(rounded, weight, _outputs=["product"])
 
     def check(self, context: Any, integers: ir.Value, largest: ir.Value, weight: ir.Value, **matched: Any) -> Any:
         result = pattern.MatchResult()
@@ -44,7 +44,9 @@ class _PerTokenRule(pattern.RewriteRuleClassBase):  # type: ignore[misc]
 
     def rewrite(self, op: Any, integers: ir.Value, step: ir.Value, middle: ir.Value, **matched: Any) -> Any:
         weight = (matched["values"], step, matched["scale"], middle)
-        return op.Mul(op.MatMulIntegerToFloat(integers, *weight, _domain=_MICROSOFT), matched["largest"])
+        names = [f"{matched['product'].name}.by_largest"]
+        product = op.MatMulIntegerToFloat(integers, *weight, _domain=_MICROSOFT, _outputs=names)
+        return op.Mul(product, matched["largest"])
 
 
 class _WeightOnlyRule(pattern.RewriteRuleClassBase):  # type: ignore[misc]

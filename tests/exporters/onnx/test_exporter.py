@@ -11,7 +11,7 @@ from llmopt.exporters.onnx.exporter import Onnx
 from llmopt.optimizer.contracts import PassContext
 from llmopt.optimizer.errors import UnsupportedError, VerificationError
 from llmopt.optimizer.target import TARGETS
-from llmopt.passes.graph import fuse_silu
+from llmopt.passes.graph import fuse_activation
 from llmopt.runtime.backends.onnxruntime import open_backend
 
 SCHEMES = [(None, {}), ("W8A8", {}), ("W8A16", {"group_size": 32}), ("W4A16_ASYM", {"group_size": 32})]
@@ -117,7 +117,7 @@ def test_records_are_the_graph_passes_and_the_verification(model_of, tmp_path):
 
 
 def test_a_broken_lowering_writes_nothing(model_of, tmp_path, monkeypatch):
-    monkeypatch.setattr(fuse_silu._SiluRule, "rewrite", lambda self, op, x: op.Mul(x, x))
+    monkeypatch.setattr(fuse_activation._SiluRule, "rewrite", lambda self, op, x: op.Mul(x, x))
     with pytest.raises(VerificationError, match="layer 0"):
         exported(model_of(), tmp_path, PassContext(verify="quick"))
     assert list(tmp_path.iterdir()) == []

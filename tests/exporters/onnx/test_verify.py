@@ -12,7 +12,7 @@ from llmopt.optimizer.errors import MissingExtraError, VerificationError
 from llmopt.optimizer.model import DenseWeight
 from llmopt.optimizer.sources import load_model
 from llmopt.optimizer.target import TARGETS
-from llmopt.passes.graph import fuse_norm, fuse_silu, lower_attention, lower_linear, select_rows
+from llmopt.passes.graph import fuse_activation, fuse_norm, lower_attention, lower_linear, select_rows
 
 CPU = TARGETS["cpu"]
 
@@ -69,9 +69,9 @@ def scaled(rewrite, factor):
 
 @pytest.mark.parametrize("scheme", [None, "W8A8", "W8A16"])
 def test_a_broken_graph_pass_is_caught(model_of, monkeypatch, scheme):
-    monkeypatch.setattr(fuse_silu._SiluRule, "rewrite", scaled(fuse_silu._SiluRule.rewrite, 1.5))
-    message = r"^layer 0: fuse_silu changes the result: .* by .* is accepted; first at .* model.layers.0.mlp.product"
-    with pytest.raises(VerificationError, match=message) as caught:
+    monkeypatch.setattr(fuse_activation._SiluRule, "rewrite", scaled(fuse_activation._SiluRule.rewrite, 1.5))
+    message = r"^layer 0: fuse_activation changes the result: .* by .* is accepted; first at Mul "
+    with pytest.raises(VerificationError, match=message + r"model.layers.0.mlp.activated.rows, for ") as caught:
         verified(model_of(scheme))
     assert "for 11 tokens behind 0 cached ones (seed 0)" in str(caught.value)
     assert caught.value.exit_code == 6
@@ -142,14 +142,15 @@ def test_a_cache_that_decoding_misreads_is_caught(model_of, monkeypatch):
 
 
 def test_rows_picked_from_one_operand_in_the_wrong_order_are_caught(model_of, monkeypatch):
-    def unordered(self, op, x, y, rows):
-        count = op.Shape(rows)
-        first = op.SelectRows(
-            x, op.Range(op.Constant(value_int=0), op.Squeeze(count), op.Constant(value_int=1)), _domain="llmopt"
-        )
-        return getattr(op, self._op_type)(first, op.SelectRows(y, rows, _domain="llmopt"))
+    right = select_rows._picked
 
-    monkeypatch.setattr(select_rows._Elementwise, "rewrite", unordered)
+    def unordered(op, x, rows):
+        if "attention.output" in x.name:
+            count = op.Squeeze(op.Shape(rows))
+            rows = op.Range(op.Constant(value_int=0), count, op.Constant(value_int=1))
+        return right(op, x, rows)
+
+    monkeypatch.setattr(select_rows, "_picked", unordered)
     with pytest.raises(VerificationError, match=r"select_rows changes .* for 8 tokens behind 11 cached ones"):
         verified(model_of(num_hidden_layers=1))
 

@@ -23,6 +23,7 @@ from llmopt.exporters.onnx.composites import (
 from llmopt.exporters.onnx.standard import IR_VERSION, standard_graph
 from llmopt.optimizer import loader
 from llmopt.optimizer.contracts import PassContext
+from llmopt.optimizer.decoder import Decoder
 from llmopt.optimizer.model import Model
 from llmopt.optimizer.sources import load_model
 from llmopt.passes.round_to_nearest import RoundToNearest
@@ -142,13 +143,13 @@ def written(write: Callable[..., Any], **inputs: tuple[str, Sequence[int | str]]
     return ir.Model(graph, ir_version=IR_VERSION, functions=functions)
 
 
-def calls_of(config: Mapping[str, Any], capacity: int) -> list[Feeds]:
+def calls_of(decoder: Decoder, capacity: int) -> list[Feeds]:
     generator = np.random.default_rng(3)
-    layers, heads, width = (config[k] for k in ("num_hidden_layers", "num_key_value_heads", "head_dim"))
+    layers, heads, width = len(decoder.layers), decoder.kv_heads, decoder.head_dim
 
     def call(tokens: int, lengths: list[int], rows: list[int]) -> Feeds:
         feeds = {
-            "input_ids": generator.integers(0, config["vocab_size"], (len(lengths), tokens)),
+            "input_ids": generator.integers(0, decoder.vocab_size, (len(lengths), tokens)),
             "past_lengths": np.array(lengths),
             "logit_rows": np.array(rows),
         }
@@ -192,6 +193,20 @@ def model_of(llama_of: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture(scope="session")
+def family_model(family_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Model]:
+    """``family_model(name, scheme=None, options={})``: a family's tiny random model, quantized with a scheme."""
+    directory = tmp_path_factory.mktemp("cache")
+
+    def make(name: str, scheme: str | None = None, options: Mapping[str, Any] | None = None) -> Model:
+        model = load_model(str(family_of(name)), cache=directory)
+        if scheme is None:
+            return model
+        return RoundToNearest(scheme=scheme, **(options or {})).run(model, PassContext())
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def rewrite_model() -> Callable[..., Rewritten]:
     """``rewrite_model(name, model, after=())``: apply a graph pass to a model's standard graph.
 
@@ -204,7 +219,7 @@ def rewrite_model() -> Callable[..., Rewritten]:
         common.ShapeInferencePass()(graph)
         for earlier in after:
             loader.load("passes.graph", earlier)().run(graph, PassContext())
-        return apply(name, graph, *calls_of(model.config, capacity))
+        return apply(name, graph, *calls_of(model.decoder, capacity))
 
     return make
 

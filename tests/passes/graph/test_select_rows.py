@@ -5,6 +5,7 @@ import pytest
 
 X = ("float32", ("batch", "tokens", 8))
 ROWS = ("int64", ("rows",))
+ONE = np.array([1, 0])
 CLOSE = 1e-6
 """Fewer rows may take another kernel of the same matrix multiplication."""
 
@@ -33,6 +34,113 @@ def test_rows_are_picked_before_what_treats_each_alone(rewrite, graph_of, number
     assert result.applied == 4
     assert order_of(result) == ["SelectRows", "RMSNormalization", "QuantizeDequantizePerToken", "MatMul", "Sigmoid"]
     assert result.difference() < CLOSE
+
+
+@pytest.mark.parametrize("op_type", ["Sigmoid", "Tanh", "Relu", "Gelu"])
+def test_rows_are_picked_before_an_activation(rewrite, graph_of, feeds, op_type):
+    def write(builder, x, rows):
+        attributes = {"approximate": "tanh"} if op_type == "Gelu" else {}
+        return picked(builder, builder.op(op_type, x, **attributes), rows)
+
+    result = rewrite("select_rows", graph_of(write, x=X, rows=ROWS), feeds)
+    assert order_of(result) == ["SelectRows", op_type]
+    assert result.is_identical()
+
+
+def test_rows_are_picked_before_a_layer_norm_with_its_bias(rewrite, graph_of, numbers, feeds):
+    def write(builder, x, rows):
+        weights = (builder.constant(numbers(8), name) for name in ("weight", "bias"))
+        return picked(builder, builder.op("LayerNormalization", x, *weights, axis=-1, epsilon=1e-3), rows)
+
+    result = rewrite("select_rows", graph_of(write, x=X, rows=ROWS), feeds)
+    assert order_of(result) == ["SelectRows", "LayerNormalization"]
+    assert result.is_identical()
+
+
+@pytest.mark.parametrize("constant", [np.float32(3), np.full(1, 3, np.float32), np.arange(1, 9, dtype=np.float32)])
+@pytest.mark.parametrize("exchanged", [False, True])
+@pytest.mark.parametrize("op_type", ["Add", "Sub", "Mul", "Div"])
+def test_a_constant_is_every_rows(rewrite, graph_of, feeds, op_type, exchanged, constant):
+    def write(builder, x, rows):
+        operands = (x, builder.constant(constant, "constant"))
+        return picked(builder, builder.op(op_type, *(reversed(operands) if exchanged else operands)), rows)
+
+    result = rewrite("select_rows", graph_of(write, x=X, rows=ROWS), feeds)
+    assert order_of(result) == ["SelectRows", op_type]
+    assert result.is_identical()
+
+
+def test_the_soft_cap_of_logits_is_that_of_picked_rows(rewrite, graph_of, feeds):
+    def write(builder, x, rows):
+        limit = builder.constant(np.float32(2), "limit")
+        return picked(builder, builder.op("Mul", builder.op("Tanh", builder.op("Div", x, limit)), limit), rows)
+
+    result = rewrite("select_rows", graph_of(write, x=X, rows=ROWS), feeds)
+    assert order_of(result) == ["SelectRows", "Div", "Tanh", "Mul"]
+    assert result.is_identical()
+
+
+def test_a_split_whose_parts_are_all_picked_is_one_of_picked_rows(rewrite, graph_of, feeds):
+    def write(builder, x, rows):
+        gate, up = builder.op_multi("Split", x, axis=-1, num_outputs=2, names=["gate", "up"])
+        return picked(builder, builder.op("Mul", builder.op("Gelu", gate), up), rows)
+
+    result = rewrite("select_rows", graph_of(write, x=X, rows=ROWS), feeds)
+    assert order_of(result) == ["SelectRows", "Split", "Gelu", "Mul"]
+    assert result.is_identical()
+
+
+def test_a_split_with_a_part_that_all_rows_need_is_declined(rewrite, graph_of, feeds):
+    def write(builder, x, rows):
+        gate, up = builder.op_multi("Split", x, axis=-1, num_outputs=2, names=["gate", "up"])
+        return picked(builder, gate, rows), builder.op("Abs", up)
+
+    result = rewrite("select_rows", graph_of(write, x=X, rows=ROWS), feeds)
+    assert result.applied == 0
+    assert result.unchanged
+    assert result.declined == [
+        f"{result.graph.graph.outputs[0].name}: another part of the Split is needed for all rows"
+    ]
+
+
+def test_a_split_of_tokens_is_declined(rewrite, graph_of, feeds):
+    def write(builder, x, rows):
+        first, _ = builder.op_multi("Split", x, axis=1, num_outputs=3, names=["first", "second", "third"])[:2]
+        return picked(builder, first, rows)
+
+    result = rewrite("select_rows", graph_of(write, x=("float32", ("batch", 3, 8)), rows=ROWS), {**feeds, "rows": ONE})
+    assert result.applied == 0
+    assert result.unchanged
+    assert "may part rows" in result.declined[0]
+
+
+def test_experts_compute_for_picked_rows(rewrite, graph_of, numbers, feeds):
+    arrays = {"gate_up": numbers(4, 8, 12), "down": numbers(4, 6, 8), "router": numbers(8, 4)}
+
+    def write(builder, x, rows):
+        weights = {name: builder.constant(array, name) for name, array in arrays.items()}
+        scores = builder.op("MatMul", x, weights["router"])
+        inputs = (x, scores, weights["gate_up"], weights["down"])
+        settings = {"top_k": 2, "normalize": 1, "activation": "silu"}
+        return picked(builder, builder.op("Experts", *inputs, domain="llmopt", **settings), rows)
+
+    result = rewrite("select_rows", graph_of(write, x=X, rows=ROWS), feeds)
+    assert order_of(result) == ["SelectRows", "MatMul", "Experts"]
+    assert result.difference() < CLOSE
+
+
+FAMILIES = ["gemma2", "granite", "gpt2", "gpt_neox", "falcon-40b", "opt-350m", "phi3", "olmo2", "mixtral", "qwen3_moe"]
+
+
+@pytest.mark.parametrize("family_name", FAMILIES)
+def test_every_family_picks_rows_behind_its_last_attention(rewrite_model, family_model, family_name):
+    result = rewrite_model("select_rows", family_model(family_name))
+    assert result.declined == []
+    for node in result.graph.graph:
+        if node.op_type == "SelectRows":
+            made_by, readers = node.inputs[0].producer(), node.inputs[0].uses()
+            assert made_by.op_type == "SlotAttention" or len(readers) > 1
+    assert result.difference() < 1e-5
 
 
 @pytest.mark.parametrize("exchanged", [False, True])
