@@ -65,8 +65,9 @@ def bisection_table(bisection: "Bisection") -> Table:
 def _bar(step: "Step", longest: float) -> Text:
     from llmopt.evaluation.bisect_report import shares
 
-    kept, added = (round(_BAR * share / longest) for share in shares(step))
-    return Text.assemble(("█" * kept, "blue"), ("█" * added, "red"))
+    kept, _ = shares(step)
+    blue, whole = round(_BAR * kept / longest), round(_BAR * step.kl / longest)
+    return Text.assemble(("█" * blue, "blue"), ("█" * (whole - blue), "red"))
 
 
 def measurements_table(measurements: Sequence[Measurement]) -> Table:
