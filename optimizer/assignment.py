@@ -1,12 +1,13 @@
 """Which linear of a model gets which scheme: the options every quantizing pass shares."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from llmopt.optimizer.contracts import QuantPass
+from llmopt.optimizer.decoder import Experts
 from llmopt.optimizer.errors import PassError
 from llmopt.optimizer.model import Model, QuantWeight
 from llmopt.optimizer.scheme import PRESETS, Scheme, SchemeOption
@@ -63,6 +64,11 @@ class SchemeQuantPass(QuantPass):
         description="The output head's scheme; none keeps it in float. Omitted: W8A8 when the scheme quantizes "
         "activations, else W8A16 with the scheme's group size. A tied embedding shares the head's table.",
     )
+    experts: SchemeOption | Kept | None = Field(
+        None,
+        description="The scheme of the experts in mixtures of experts; none keeps them in float. Omitted: the scheme, "
+        "or W8A16 when that quantizes activations. The routers always stay in float.",
+    )
     overrides: tuple[Override, ...] = Field((), description="Other schemes for some modules; the first match wins.")
 
     @model_validator(mode="after")
@@ -75,25 +81,36 @@ class SchemeQuantPass(QuantPass):
 
     def schemes(self) -> dict[str, Scheme]:
         """See ``QuantPass.schemes``."""
-        found = {"scheme": self._sized(), "head": self._head()}
+        found = {"scheme": self._sized(), "head": self._head(), "experts": self._experts()}
         found |= {f"overrides.{i}.scheme": override.scheme for i, override in enumerate(self.overrides)}
         return {path: scheme for path, scheme in found.items() if isinstance(scheme, Scheme)}
 
     def assign(self, model: Model) -> dict[str, Scheme]:
         """The scheme of every module to quantize, in data order; modules kept in float are left out."""
-        default, head = self._sized(), self._head()
-        chosen: dict[str, Scheme] = {}
-        for module in model.linears():
-            override = next((o for o in self.overrides if o.matches(module)), None)
-            scheme = override.scheme if override else head if module == model.arch.head else default
-            if isinstance(scheme, Scheme):
-                chosen[module] = scheme
-        return chosen
+        schemes = self.schemes()
+        return {module: schemes[option] for module, option in self.deciding(model).items() if option in schemes}
+
+    def deciding(self, model: Model) -> dict[str, str]:
+        """See ``QuantPass.deciding``."""
+        others = {model.arch.head: "head"} | dict.fromkeys(model.decoder.expert_linears, "experts")
+        return {
+            module: next(
+                (f"overrides.{i}.scheme" for i, override in enumerate(self.overrides) if override.matches(module)),
+                others.get(module, "scheme"),
+            )
+            for module in model.linears()
+        }
 
     def requires(self, model: Model) -> None:
         """See ``WeightPass.requires``."""
         _unmatched(self.overrides, model.linears())
-        for module, scheme in self.assign(model).items():
+        if self.experts is not None and not model.decoder.expert_linears:
+            raise PassError("experts is given, but this model has no mixtures of experts", hint="remove it")
+        assigned = self.assign(model)
+        for layer in model.decoder.layers:
+            if isinstance(layer.mlp, Experts):
+                _agree(layer.name, layer.mlp, assigned)
+        for module, scheme in assigned.items():
             weight = model.weights[model.weight_of(module)]
             if isinstance(weight, QuantWeight):
                 raise PassError(
@@ -112,6 +129,23 @@ class SchemeQuantPass(QuantPass):
             return PRESETS["W8A8"]
         size = self._sized().weights.group_size
         return PRESETS["W8A16"] if size is None else PRESETS["W8A16"].with_group_size(size)
+
+    def _experts(self) -> Scheme | Kept:
+        if self.experts is not None:
+            return self.experts
+        return self._sized() if self.scheme.input_activations is None else PRESETS["W8A16"]
+
+
+def _agree(layer: str, mlp: Experts, assigned: Mapping[str, Scheme]) -> None:
+    """All experts of a layer are one tensor: their gates and ups have one scheme, and their downs have one."""
+    parts = {"gate and up": mlp.inputs, "down": tuple(expert[2] for expert in mlp.experts)}
+    for part, modules in parts.items():
+        names = {assigned[module].name if module in assigned else "none" for module in modules}
+        if len(names) > 1:
+            raise PassError(
+                f"{layer}: {part} of its experts get different schemes: {', '.join(sorted(names))}",
+                hint="an override of one expert has to match that part of all experts of the layer, as in re:.*experts",
+            )
 
 
 def _fits(module: str, columns: int, scheme: Scheme) -> None:

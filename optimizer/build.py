@@ -14,8 +14,8 @@ import torch
 from llmopt.optimizer.build_record import RECORD_NAME, BuildRecord
 from llmopt.optimizer.cache import digest_of, locked, publish
 from llmopt.optimizer.contents import layers_of, sizes_of
-from llmopt.optimizer.contracts import PassContext
-from llmopt.optimizer.errors import InputError, ResourceError, is_out_of_memory
+from llmopt.optimizer.contracts import PassContext, QuantPass
+from llmopt.optimizer.errors import InputError, ResourceError, UnsupportedError, is_out_of_memory
 from llmopt.optimizer.gates import Gate
 from llmopt.optimizer.manifest import (
     MANIFEST_NAME,
@@ -153,6 +153,7 @@ def _check(recipe: Recipe, model: Model, output: Path) -> None:
     """
     for step in recipe.passes[:1]:
         step.instance.requires(model)
+    _check_experts(recipe, model)
     names = [item.name for item in recipe.export]
     if twice := {name for name in names if names.count(name) > 1}:
         raise InputError(f"export has {', '.join(sorted(twice))} more than once", hint="one build holds one of each")
@@ -170,6 +171,24 @@ def _check(recipe: Recipe, model: Model, output: Path) -> None:
             f"the build needs about {needed / 1e9:.1f} GB, the disk of {parent} has {free / 1e9:.1f} GB free",
             hint="free some space, or name a directory on another disk with -o",
         )
+
+
+def _check_experts(recipe: Recipe, model: Model) -> None:
+    """Experts run fewer schemes than linears do, and only the model shows which modules an override means."""
+    targets = [target for item in recipe.export for target in item.instance.targets()]
+    experts = model.decoder.expert_linears
+    for i, step in enumerate(recipe.passes):
+        if not isinstance(step.instance, QuantPass):
+            continue
+        schemes, deciding = step.instance.schemes(), step.instance.deciding(model)
+        for module in deciding:
+            scheme = schemes.get(deciding[module]) if module in experts else None
+            reasons = [] if scheme is None else [target.refusal(scheme, experts=True) for target in targets]
+            for reason in filter(None, reasons):
+                raise UnsupportedError(
+                    f"passes.{i}.{step.name}.{deciding[module]}: {module} is an expert: {reason}",
+                    hint="leave experts out of that override, and the option experts decides about them",
+                )
 
 
 def _check_gates(gates: Sequence[Gate], longest: int | None) -> None:

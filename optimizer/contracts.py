@@ -70,6 +70,13 @@ class QuantPass(WeightPass):
     def schemes(self) -> dict[str, Scheme]:
         """Every scheme this pass may apply, by the option path that names it, as ``overrides.0.scheme``."""
 
+    @abstractmethod
+    def deciding(self, model: "Model") -> dict[str, str]:
+        """Each linear of ``model``, in data order, with the option that decides about it.
+
+        That option is among those of ``schemes()``, unless it keeps the linear in floating point.
+        """
+
 
 class GraphPass(_Options):
     """One rewrite of a graph. It records how often it applied and why it declined a near-match."""

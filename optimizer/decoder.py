@@ -193,6 +193,11 @@ class Decoder:
     logit_softcap: float | None
 
     @property
+    def expert_linears(self) -> frozenset[str]:
+        """The linears of all mixtures of experts."""
+        return frozenset(name for layer in self.layers if isinstance(layer.mlp, Experts) for name in layer.mlp.linears)
+
+    @property
     def linears(self) -> tuple[str, ...]:
         """Every linear that may be quantized, in data order, the head last."""
         return (*(name for layer in self.layers for name in layer.linears), self.head)

@@ -66,7 +66,7 @@ def _check_schemes(document: Document, path: Keys, quantizer: QuantPass, target:
     refused = {
         path + tuple(int(part) if part.isdigit() else part for part in option.split(".")): reason
         for option, scheme in quantizer.schemes().items()
-        if (reason := target.refusal(scheme)) is not None
+        if (reason := target.refusal(scheme, experts=option == "experts")) is not None
     }
     written = {each: reason for each, reason in refused.items() if each in document.places}
     for each, reason in (written or refused).items():

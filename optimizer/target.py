@@ -19,11 +19,13 @@ class Target:
     name: str
     graph_passes: tuple[str, ...]
 
-    def refusal(self, scheme: Scheme) -> str | None:
-        """Why this target cannot run ``scheme``, or None when it can."""
+    def refusal(self, scheme: Scheme, *, experts: bool = False) -> str | None:
+        """Why this target cannot run ``scheme`` in a linear, or in the experts of a mixture; None when it can."""
         weights, activations = scheme.weights, scheme.input_activations
         if weights.type != "int":
             return "the cpu target has no floating-point weight kernels"
+        if experts and activations is not None:
+            return "the cpu target has no kernel for experts that quantizes activations; W8A16 and W4A16 leave them"
         if activations is not None:
             per_token = activations.num_bits == 8 and activations.type == "int" and activations.strategy == "token"
             if not (per_token and activations.dynamic and activations.symmetric):

@@ -6,9 +6,11 @@ import pydantic
 import pytest
 import torch
 
+from llmopt.optimizer.arch import qwen3_moe
 from llmopt.optimizer.arch.llama import ARCH
 from llmopt.optimizer.assignment import SchemeQuantPass
 from llmopt.optimizer.errors import PassError
+from llmopt.optimizer.hf_config import complete
 from llmopt.optimizer.model import DenseWeight, Model, QuantWeight, Source
 from llmopt.optimizer.rounding import quantize
 from llmopt.optimizer.scheme import PRESETS
@@ -24,18 +26,43 @@ class Chosen(SchemeQuantPass):
         return model
 
 
+def unread():
+    raise AssertionError("requires and assign read no tensor")
+
+
+def weights_of(shapes):
+    """Weights that can be described but not read."""
+    return {f"{name}.weight": DenseWeight(shape, torch.float32, unread) for name, shape in shapes.items()}
+
+
 def model_of(*, hidden=128, mlp=256, tied=True):
-    """Two layers whose weights can be described but not read."""
-
-    def unread():
-        raise AssertionError("requires and assign read no tensor")
-
+    """A Llama of two layers."""
+    config = {
+        "hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": 2, "num_attention_heads": 1,
+        "vocab_size": 50, "model_type": "llama",
+    }  # fmt: skip
+    model = Model(ARCH, complete(config, ARCH, "here"), {}, Source("x", "0" * 64, {}, Path()))
     shapes = {"model.embed_tokens": (50, hidden)} | ({} if tied else {"lm_head": (50, hidden)})
-    for i in range(2):
-        for name in (*ARCH.attention, *ARCH.mlp):
-            shapes[LAYER.format(i) + name] = (hidden, mlp if name == "mlp.down_proj" else hidden)
-    weights = {f"{name}.weight": DenseWeight(shape, torch.float32, unread) for name, shape in shapes.items()}
-    return Model(ARCH, {"num_hidden_layers": 2}, weights, Source("x", "0" * 64, {}, Path()))
+    for name in model.linears()[:-1]:
+        shapes[name] = (hidden, mlp if name.endswith("down_proj") else hidden)
+    return model.with_weights(weights_of(shapes))
+
+
+def mixture_of(*, inner=64):
+    """A Qwen 3 of two layers with three experts; its first layer is dense."""
+    config = {
+        "hidden_size": 128, "moe_intermediate_size": inner, "intermediate_size": 256, "num_hidden_layers": 2,
+        "num_attention_heads": 1, "num_key_value_heads": 1, "num_experts": 3, "num_experts_per_tok": 2,
+        "mlp_only_layers": [0], "vocab_size": 50, "model_type": "qwen3_moe",
+    }  # fmt: skip
+    arch = qwen3_moe.ARCH
+    routers = weights_of({LAYER.format(1) + "mlp.gate": (3, 128), "model.embed_tokens": (50, 128)})
+    model = Model(arch, complete(config, arch, "here"), routers, Source("x", "0" * 64, {}, Path()))
+    shapes = {
+        name: (128, 256 if "layers.0.mlp.down" in name else inner if "down_proj" in name else 128)
+        for name in model.linears()
+    }
+    return model.with_weights(weights_of(shapes))
 
 
 def assigned(model=None, **options):
@@ -194,6 +221,66 @@ def test_every_scheme_is_told_with_the_option_that_names_it():
     assert one.schemes() == {
         "scheme": W4A16.with_group_size(32),
         "head": W8A16.with_group_size(32),
+        "experts": W4A16.with_group_size(32),
         "overrides.1.scheme": W8A16,
     }
-    assert set(Chosen(scheme="W8A8", head="none").schemes()) == {"scheme"}
+    assert set(Chosen(scheme="W8A8", head="none", experts="none").schemes()) == {"scheme"}
+
+
+def test_every_linear_is_told_with_the_option_that_decides_about_it():
+    overrides = [{"match": "re:.*v_proj", "scheme": "none"}, {"match": "re:.*experts.2", "scheme": "W8A16"}]
+    found = Chosen(scheme="W4A16", overrides=overrides).deciding(mixture_of())
+    short = {module.removeprefix("model.layers.1."): option for module, option in found.items()}
+    assert list(found) == mixture_of().linears()
+    assert {name: short[name] for name in ("self_attn.q_proj", "self_attn.v_proj", "lm_head")} == {
+        "self_attn.q_proj": "scheme", "self_attn.v_proj": "overrides.0.scheme", "lm_head": "head",
+    }  # fmt: skip
+    assert short["mlp.experts.0.gate_proj"] == "experts"
+    assert short["mlp.experts.2.gate_proj"] == "overrides.1.scheme"
+    assert short["model.layers.0.mlp.up_proj"] == "scheme"
+
+
+@pytest.mark.parametrize(
+    ("options", "experts"),
+    [
+        ({"scheme": "W8A8"}, W8A16),
+        ({"scheme": "W8A16"}, W8A16),
+        ({"scheme": "W4A16", "group_size": 32}, W4A16.with_group_size(32)),
+        ({"scheme": "W4A16_ASYM", "group_size": -1}, PRESETS["W4A16_ASYM"].with_group_size(-1)),
+        ({"scheme": "W8A8", "experts": W4A16.with_group_size(32).model_dump()}, W4A16.with_group_size(32)),
+        ({"scheme": "W4A16", "group_size": 32, "experts": "W8A16"}, W8A16),
+        ({"scheme": "W8A16", "experts": "none"}, None),
+    ],
+)
+def test_the_experts_have_a_default_and_can_be_named(options, experts):
+    found = assigned(mixture_of(), **options)
+    assert {found.get(name) for name in mixture_of().decoder.expert_linears} == {experts}
+    dense = LAYER.format(0) + "mlp.up_proj"
+    assert found[dense] == Chosen(**options).schemes()["scheme"]
+
+
+@pytest.mark.parametrize("scheme", ["W8A8", "W4A16"])
+def test_no_router_is_quantized(scheme):
+    options = {"scheme": scheme} | ({} if scheme == "W8A8" else {"group_size": 32})
+    assert LAYER.format(1) + "mlp.gate" not in assigned(mixture_of(), **options)
+
+
+def test_the_experts_of_a_layer_may_differ_between_their_parts_only():
+    overrides = [{"match": "re:.*experts.*down_proj$", "scheme": "W8A16"}]
+    Chosen(scheme="W4A16", group_size=32, overrides=overrides).requires(mixture_of())
+    one = ("re:.*experts.1.down_proj", "down"), ("re:.*experts.2.gate_proj", "gate and up")
+    for match, part in (*one, ("re:.*experts.*up_proj", "gate and up")):
+        overrides = [{"match": match, "scheme": "none"}]
+        error = refused(mixture_of(), scheme="W4A16", group_size=32, overrides=overrides)
+        assert error.message == f"model.layers.1: {part} of its experts get different schemes: W4A16 g32, none"
+        assert "re:.*experts" in error.hint
+
+
+def test_an_expert_that_does_not_fit_is_found():
+    error = refused(mixture_of(inner=48), scheme="W8A8", experts=W4A16.with_group_size(32).model_dump())
+    assert error.message.startswith("model.layers.1.mlp.experts.0.down_proj has 48 input columns")
+
+
+def test_experts_of_a_model_without_any_are_refused():
+    error = refused(scheme="W8A8", experts="W8A16")
+    assert error.message == "experts is given, but this model has no mixtures of experts"

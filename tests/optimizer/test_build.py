@@ -13,7 +13,7 @@ import pytest
 from llmopt.optimizer import build as build_module
 from llmopt.optimizer.build import build
 from llmopt.optimizer.contracts import WeightPass
-from llmopt.optimizer.errors import InputError, PassError, RejectedError, ResourceError
+from llmopt.optimizer.errors import InputError, PassError, RejectedError, ResourceError, UnsupportedError
 from llmopt.optimizer.gates import Gate
 from llmopt.optimizer.manifest import Manifest
 from llmopt.optimizer.progress import Silent
@@ -286,6 +286,28 @@ def test_exporting_the_same_kind_twice_is_refused_before_any_pass(make) -> None:
     with pytest.raises(InputError, match="export has onnx more than once"):
         make(export=[{"onnx": {}}, {"onnx": {"capacity": 64}}], during=lambda: calls.append(1))
     assert calls == []
+
+
+def test_experts_stay_out_of_a_scheme_that_quantizes_activations(make, family_of) -> None:
+    manifest = make(model=str(family_of("qwen3_moe")), verify="quick")
+    schemes = {layer.name: layer.scheme for layer in manifest.layers}
+    assert {scheme for name, scheme in schemes.items() if ".experts." in name} == {"W8A16"}
+    assert {scheme for name, scheme in schemes.items() if ".experts." not in name} == {"W8A8"}
+    assert not any(name.endswith("mlp.gate") for name in schemes)
+    (record,) = (each for each in manifest.graph_passes["engine/model.onnx"] if each.name == "lower_experts")
+    assert (record.details["applied"], record.fallbacks) == (2, [])
+
+
+def test_an_override_that_gives_experts_such_a_scheme_is_refused_before_any_pass(make, family_of) -> None:
+    overrides = [{"match": "re:.*q_proj", "scheme": "none"}, {"match": "re:.*mlp", "scheme": "W8A8"}]
+    passes = [{"round_to_nearest": {"scheme": "W8A16", "overrides": overrides}}]
+    with pytest.raises(UnsupportedError) as caught:
+        make(model=str(family_of("qwen3_moe")), passes=passes, during=fail(AssertionError("a pass has run")))
+    assert caught.value.message == (
+        "passes.0.round_to_nearest.overrides.1.scheme: model.layers.0.mlp.experts.0.gate_proj is an expert: "
+        "the cpu target has no kernel for experts that quantizes activations; W8A16 and W4A16 leave them"
+    )
+    assert "the option experts" in caught.value.hint
 
 
 def test_running_out_of_the_memory_allowed_names_the_limit(make, tmp_path: Path) -> None:

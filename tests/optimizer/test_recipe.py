@@ -379,6 +379,14 @@ def test_a_scheme_refused_twice_for_one_option_is_reported_once(mistakes) -> Non
     assert found.startswith("r.yaml:4: passes.0.round_to_nearest.scheme: the cpu target needs a group size")
 
 
+def test_a_scheme_that_only_linears_run_is_refused_for_experts(mistakes) -> None:
+    (found,) = mistakes(f"{HEAD}passes:\n  - round_to_nearest:\n      scheme: W8A8\n      experts: W8A8\n{TAIL}")
+    assert found == (
+        "r.yaml:6: passes.0.round_to_nearest.experts: "
+        "the cpu target has no kernel for experts that quantizes activations; W8A16 and W4A16 leave them"
+    )
+
+
 def test_schemes_are_free_where_nothing_executes_the_result(plugins, load) -> None:
     text = f"{HEAD}passes:\n  - round_to_nearest: {{scheme: W4A16, group_size: 24}}\nexport: [checkpoint]\n"
     assert load(text).passes[0].instance.group_size == 24

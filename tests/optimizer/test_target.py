@@ -52,6 +52,21 @@ def test_what_has_no_kernel_is_refused_with_the_reason(refused, why):
     assert why in CPU.refusal(refused)
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_experts_run_every_preset_that_leaves_activations(name):
+    refused = CPU.refusal(PRESETS[name], experts=True)
+    if PRESETS[name].input_activations is None:
+        assert refused is None
+    else:
+        assert refused == (
+            "the cpu target has no kernel for experts that quantizes activations; W8A16 and W4A16 leave them"
+        )
+
+
+def test_experts_run_no_scheme_that_linears_do_not():
+    assert CPU.refusal(scheme(num_bits=3), experts=True) == CPU.refusal(scheme(num_bits=3))
+
+
 @pytest.mark.parametrize("target", TARGETS.values(), ids=lambda target: target.name)
 def test_a_target_is_found_by_its_name_and_its_graph_passes_exist_once(target):
     assert TARGETS[target.name] is target
