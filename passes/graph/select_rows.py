@@ -74,6 +74,10 @@ _ROW_WISE: Mapping[tuple[str, str], Callable[[ir.Node], _Rows]] = {
 }
 
 
+_AGAIN = ("QuantizeDequantizePerToken",)
+"""Done once more for the picked rows when others need it for all: a linear takes the integers of its own rows."""
+
+
 class _SelectRule(pattern.RewriteRuleClassBase):  # type: ignore[misc]
     """``SelectRows(f(x), rows)`` -> ``f(SelectRows(x, rows))`` for an ``f`` that treats every row alone."""
 
@@ -88,7 +92,7 @@ class _SelectRule(pattern.RewriteRuleClassBase):  # type: ignore[misc]
         node = inner.producer()
         if node is None or (node.domain, node.op_type) not in _ROW_WISE:
             return result.fail()
-        if len(inner.uses()) > 1 or inner.is_graph_output():
+        if (len(inner.uses()) > 1 or inner.is_graph_output()) and node.op_type not in _AGAIN:
             return result.fail()  # computed for all rows anyway
         rows = _rows(node)
         return result.fail(rows) if isinstance(rows, str) else result

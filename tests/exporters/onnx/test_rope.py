@@ -9,9 +9,10 @@ from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 from llmopt.exporters.onnx.rope import check_rope, longest_with, rope_note, rope_tables
 from llmopt.exporters.onnx.standard import standard_graph
 from llmopt.optimizer.arch.llama import ARCH
-from llmopt.optimizer.decoder import Rope, describe
+from llmopt.optimizer.decoder import Rope
 from llmopt.optimizer.errors import InputError, UnsupportedError
 from llmopt.optimizer.hf_config import complete
+from llmopt.optimizer.resolver import describe
 
 MAX_POSITIONS = 256
 HEAD_DIM = 32

@@ -255,3 +255,16 @@ def test_a_graph_that_picks_nothing_is_left(rewrite, graph_of, feeds):
     result = rewrite("select_rows", graph_of(lambda b, x: b.op("Sigmoid", x), x=X), {"x": feeds["x"]})
     assert result.applied == 0
     assert result.unchanged
+
+
+def test_rounding_is_done_again_for_the_picked_rows(rewrite, graph_of, feeds):
+    """A value that is rounded for all rows, for the attention, and for some, as where attention and MLP share a norm."""
+
+    def write(builder, x, rows):
+        rounded = builder.op("QuantizeDequantizePerToken", x, domain="llmopt")
+        return picked(builder, rounded, rows), builder.op("Relu", rounded)
+
+    result = rewrite("select_rows", graph_of(write, x=X, rows=ROWS), feeds)
+    assert result.applied == 1
+    assert (result.ops["QuantizeDequantizePerToken"], result.ops["SelectRows"]) == (2, 1)
+    assert result.is_identical()
