@@ -95,8 +95,8 @@ def slot_attention() -> ir.Function:
 
     - query ``[batch, tokens, heads*head_dim]``, key and value ``[batch, tokens, kv_heads*head_dim]``, behind rope;
     - past_key, past_value ``[batch, kv_heads, capacity, head_dim]``; past_lengths int64 ``[batch]``;
-    - mask bool ``[batch, 1, tokens, capacity]``, True where a cached token is seen: then is_causal is 0, because TensorRT
-      takes one or the other. Without it is_causal is 1 and all tokens up to the token itself are seen.
+    - mask bool ``[batch, 1, tokens, capacity]``, True where a cached token is seen: then is_causal is 0, because
+      TensorRT takes one or the other. Without it is_causal is 1 and all tokens up to the token itself are seen.
 
     Outputs the attention's result ``[batch, tokens, heads*head_dim]``, then the caches with the new tokens written
     at ``past_lengths``. Token t of a row sees that row's cache up to ``past_lengths + t``. Scores s, scaled, become
