@@ -1,18 +1,14 @@
 """Calls of an engine of one layer, within the engine contract, for comparing two graphs of it."""
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 
 from llmopt.optimizer.decoder import Decoder
-from llmopt.optimizer.errors import MissingExtraError
 
-__all__ = ["CALLS", "CAPACITY", "Call", "open_session", "run_calls"]
+__all__ = ["CALLS", "CAPACITY", "Call", "run_calls"]
 
 CAPACITY = 32
 
@@ -37,12 +33,13 @@ class Call:
 
 
 CALLS = (
-    Call(tokens=11, lengths=(0,)),
-    Call(tokens=8, lengths=(11,), rows=(7, 5, 3, 1)),
-    Call(tokens=1, lengths=(19, 15, 4), rows=(2, 0, 1)),
-    Call(tokens=5, lengths=(0, 0)),
+    Call(tokens=17, lengths=(0,)),
+    Call(tokens=14, lengths=(17,), rows=(13, 4, 9, 4, 1)),
+    Call(tokens=1, lengths=(31, 4, 0, 16, 9), rows=(2, 0, 4, 1, 3)),
+    Call(tokens=5, lengths=(0, 0, 0)),
 )
-"""A prompt in two chunks, a step over three sequences that share its beginning, and a batch without a past."""
+"""A prompt in two chunks up to the last position but one, a step over sequences of different length that share its
+beginning, one of them new and one up to the last position, and a batch without a past."""
 
 
 def run_calls(
@@ -74,29 +71,3 @@ def run_calls(
         caches = [key, value]
         results.append(dict(zip(names, outputs, strict=True)))
     return results
-
-
-def open_session(graph: ir.Model | bytes) -> Any:
-    """The graph in ONNX Runtime without its own optimizations, which would rewrite what is compared.
-
-    Args:
-        graph: Or its serialized form, below 2 GB.
-
-    Raises:
-        MissingExtraError: onnxruntime is not installed.
-    """
-    try:
-        import onnxruntime as ort
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("onnxruntime", "cpu") from error
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 4
-    # A packed copy of every weight would double the layer's memory.
-    options.add_session_config_entry("session.disable_prepacking", "1")
-    if isinstance(graph, bytes):
-        return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        ir.save(graph, path, external_data="model.onnx.data")
-        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])

@@ -6,52 +6,78 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from llmopt.exporters.onnx.calls import open_session, run_calls
+from llmopt.exporters.onnx.calls import CALLS, Call, run_calls
+from llmopt.exporters.onnx.sessions import Sessions
 from llmopt.optimizer.decoder import Decoder
 
-__all__ = ["first_divergence"]
+__all__ = ["first_divergence", "relative_errors"]
+
+_PICKED = ".rows"
+"""What the graph pass select_rows adds to the names of values of which it has picked rows."""
 
 
-def first_divergence(before: bytes, after: bytes, decoder: Decoder, *, call: int, seed: int, limit: float) -> str:
-    """The first node of ``after`` whose value differs from the value of that name in ``before``, in words.
+def first_divergence(
+    sessions: Sessions, graphs: tuple[bytes, bytes], decoder: Decoder, *, call: int, seed: int, limit: float
+) -> str:
+    """The first node of a graph whose value differs from the value of that name in the graph before, in words.
 
     Args:
-        before: An engine of one layer, serialized.
-        after: The same behind a graph pass.
+        sessions: Whose graphs they are.
+        graphs: An engine of one layer before and after a graph pass.
         decoder: Of the layer.
         call: Which of ``CALLS`` shows the difference.
         seed: Of its token ids.
-        limit: Accepted ``rms(difference) / std(value)``.
+        limit: Accepted ``rms(difference) / std(value)``, as a median over a value's rows.
     """
-    graphs = [ir.from_proto(onnx.ModelProto.FromString(data)) for data in (before, after)]
-    makers = {str(value.name): node for node in graphs[1].graph for value in node.outputs if _is_telling(value)}
-    kept = {str(value.name) for node in graphs[0].graph for value in node.outputs if _is_telling(value)}
-    names = [name for name in makers if name in kept and not name.startswith("present.")]
-    runs = [run_calls(open_session(_exposing(graph, names)), decoder, seed, names)[call] for graph in graphs]
-    for name in names:
-        if _differ(*(run[name] for run in runs), limit=limit):
-            node = makers[name]
+    before, after = (_values(ir.from_proto(onnx.ModelProto.FromString(data))) for data in graphs)
+    # What select_rows has moved works on rows of what had the name without the suffix.
+    counterparts = {
+        name: base for name in after if (base := name if name in before else name.removesuffix(_PICKED)) in before
+    }
+    names = (list(dict.fromkeys(counterparts.values())), list(counterparts))
+    expected, found = (
+        _run(sessions, data, wanted, decoder, seed)[call] for data, wanted in zip(graphs, names, strict=True)
+    )
+    for name, base in counterparts.items():
+        same = expected[base] if name == base else _rows(expected[base], CALLS[call])
+        if same.shape == found[name].shape and not np.median(relative_errors(same, found[name])) <= limit:
+            node = after[name].producer()
+            assert node is not None
             return f"{node.domain + '::' if node.domain else ''}{node.op_type} {name}"
     return "the logits"
 
 
-def _is_telling(value: ir.Value) -> bool:
-    """Whether a value's name is its own: names that a builder counted up may mean something else in the other graph."""
-    return value.dtype == ir.DataType.FLOAT and bool(value.name) and not str(value.name).startswith("val_")
+def relative_errors(expected: np.ndarray, found: np.ndarray) -> np.ndarray:
+    """Of each row, the last axis, ``rms(difference) / std(expected)``: float64, of the other axes' shape."""
+    rms = np.sqrt(np.mean((expected - found) ** 2, axis=-1, dtype=np.float64))
+    # A row of equal numbers has no spread; then the whole value's is the measure.
+    spread = expected.std(axis=-1, dtype=np.float64)
+    return rms / np.where(spread > 0, spread, max(float(expected.std()), 1e-30))
 
 
-def _exposing(graph: ir.Model, names: Sequence[str]) -> bytes:
-    """The graph with these values as outputs besides its own caches."""
-    values = {str(value.name): value for node in graph.graph for value in node.outputs}
+def _values(graph: ir.Model) -> dict[str, ir.Value]:
+    """What the nodes make, in their order, under names of its own.
+
+    Names that a builder counted up may mean something else in the other graph.
+    """
+    # ONNX's inference does not know the types of other domains' operators.
+    made = [value for node in graph.graph for value in node.outputs if value.dtype in (ir.DataType.FLOAT, None)]
+    names = [(str(value.name), value) for value in made]
+    return {name: value for name, value in names if name and not name.startswith(("val_", "present."))}
+
+
+def _rows(value: np.ndarray, call: Call) -> np.ndarray:
+    """The rows of ``[batch, tokens, columns]`` that a call asks for."""
+    flat = value.reshape(-1, value.shape[-1])
+    return flat[list(call.rows)] if call.rows else flat
+
+
+def _run(
+    sessions: Sessions, data: bytes, names: Sequence[str], decoder: Decoder, seed: int
+) -> list[dict[str, np.ndarray]]:
+    """These values in each call; they become outputs besides the caches."""
+    graph = ir.from_proto(onnx.ModelProto.FromString(data))
+    values = _values(graph)
     caches = [value for value in graph.graph.outputs if str(value.name).startswith("present.")]
     graph.graph.outputs[:] = [*(values[name] for name in names), *caches]
-    data: bytes = ir.to_proto(graph).SerializeToString()
-    return data
-
-
-def _differ(expected: np.ndarray, found: np.ndarray, *, limit: float) -> bool:
-    """Whether two values of one shape differ; those of a pass that picks rows may not have one."""
-    if expected.shape != found.shape:
-        return False
-    rms = np.sqrt(np.mean((expected - found) ** 2, dtype=np.float64))
-    return not float(rms / max(float(expected.std()), 1e-30)) <= limit
+    return run_calls(sessions.open(ir.to_proto(graph).SerializeToString()), decoder, seed, names)
