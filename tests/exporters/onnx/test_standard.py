@@ -4,10 +4,12 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from onnx_ir.passes import common
 
 from llmopt.exporters.onnx.standard import standard_graph
 from llmopt.optimizer.contracts import PassContext
 from llmopt.optimizer.model import DenseWeight
+from llmopt.optimizer.sources import load_model
 from llmopt.passes.round_to_nearest import RoundToNearest
 
 MIXED = {
@@ -48,6 +50,34 @@ def test_the_checker_accepts_it(model_of, kind, scheme, options):
     onnx.checker.check_model(proto, full_check=True)
     assert {opset.domain: opset.version for opset in proto.opset_import} == {"": 24, "llmopt": 1}
     assert {node.domain for node in proto.graph.node} <= {"", "llmopt"}
+
+
+def test_every_family_is_valid_with_its_composites_and_without(family_of, family_name, tmp_path):
+    model = load_model(str(family_of(family_name)), cache=tmp_path)
+    graph = standard_graph(model, capacity=32)
+    onnx.checker.check_model(ir.to_proto(graph), full_check=True)
+    common.InlinePass()(graph)
+    common.RemoveUnusedOpsetsPass()(graph)
+    proto = ir.to_proto(graph)
+    onnx.checker.check_model(proto, full_check=True)
+    assert {opset.domain: opset.version for opset in proto.opset_import} == {"": 24}
+    assert not proto.functions
+    types = onnx.shape_inference.infer_shapes(proto, strict_mode=True, data_prop=True).graph.value_info
+    inferred = {value.name for value in types if value.type.tensor_type.HasField("shape")}
+    assert inferred >= {name for node in proto.graph.node for name in node.output} - {
+        value.name for value in proto.graph.output
+    }
+
+
+@pytest.mark.parametrize("family_name", ["gemma3", "gpt2", "gpt_neox", "falcon-40b", "qwen3_moe"])
+def test_without_its_composites_plain_onnx_runtime_gives_the_same(family_of, engine_of, family_name, ids, tmp_path):
+    model = load_model(str(family_of(family_name)), cache=tmp_path)
+    config = {"num_key_value_heads": model.decoder.kv_heads, "head_dim": model.decoder.head_dim}
+    graph = standard_graph(model, capacity=32)
+    expected = engine_of(graph, config, optimized=False).logits(ids)
+    common.InlinePass()(graph)
+    found = engine_of(graph, config).logits(ids)
+    assert np.abs(found - expected).max() < 1e-5 * expected.std()
 
 
 @by_kind
