@@ -7,11 +7,13 @@ from onnxscript.rewriter import pattern
 
 from llmopt.optimizer.contracts import GraphPass, PassContext
 from llmopt.passes.graph._nbits import BlockWeight, block_weight, matmul_nbits
-from llmopt.passes.graph._rules import apply_rules, attribute, producer
+from llmopt.passes.graph._rules import apply_groups, attribute, producer
 
 __all__ = ["LowerLinear"]
 
 _MICROSOFT = "com.microsoft"
+_BIAS = 5
+"""The index of MatMulNBits' bias among its inputs, behind zero points and an order of columns."""
 
 
 class _PerTokenRule(pattern.RewriteRuleClassBase):  # type: ignore[misc]
@@ -87,6 +89,28 @@ class _TransposedRule(pattern.RewriteRuleClassBase):  # type: ignore[misc]
         return op.FusedMatMul(x, table, transB=1, _domain=_MICROSOFT)
 
 
+class _BiasRule(pattern.RewriteRuleClassBase):  # type: ignore[misc]
+    """``MatMulNBits(...) + bias`` -> the kernel's own bias, added while the result is in registers."""
+
+    def pattern(self, op: Any, bias: Any) -> Any:
+        product = op.MatMulNBits(
+            _domain=_MICROSOFT, _allow_other_inputs=True, _allow_other_attributes=True, _outputs=["product"]
+        )
+        return op.Add(product, bias)
+
+    def check(self, context: Any, product: ir.Value, bias: ir.Value, **_: Any) -> Any:
+        result = pattern.MatchResult()
+        node = _node(product)
+        if not bias.is_initializer() or bias.shape != ir.Shape([attribute(node, "N", 0)]):
+            return result.fail()  # a residual, most often
+        return result
+
+    def rewrite(self, op: Any, product: ir.Value, bias: ir.Value) -> Any:
+        node = _node(product)
+        inputs = [*node.inputs, *[None] * (_BIAS - len(node.inputs)), bias]
+        return op.MatMulNBits(*inputs, _domain=_MICROSOFT, **node.attributes)
+
+
 def _node(value: ir.Value) -> ir.Node:
     node = value.producer()
     assert node is not None
@@ -118,8 +142,8 @@ class LowerLinear(GraphPass):
     def run(self, graph: ir.Model, context: PassContext) -> ir.Model:
         """See ``GraphPass.run``."""
         per_token = _PerTokenRule.rule()
-        rules = [*per_token.commute(), _WeightOnlyRule.rule(), _TransposedRule.rule()]
-        apply_rules(graph, rules, context)
+        products = [*per_token.commute(), _WeightOnlyRule.rule(), _TransposedRule.rule()]
+        apply_groups(graph, [products, _BiasRule.rule().commute()], context)
         if left := [str(node.outputs[0].name) for node in graph.graph if _multiplies_floats_of_integers(node)]:
             context.fallback(f"{len(left)} quantized linears turn their weights into floats in every call: {left[0]}")
         if any(node.op_type == "MatMulNBits" for node in graph.graph):

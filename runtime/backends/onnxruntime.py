@@ -58,6 +58,9 @@ def _open_session(path: Path, target: str, threads: int) -> Any:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 4  # what fails is raised, and said once
+    # The lowering has fused what gains by it, and was verified. ONNX Runtime's own fusions would follow unverified, to
+    # kernels of which some are slower (BiasGelu, SkipLayerNormalization).
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     # Without VNNI, u8 x s8 products overflow 16 bits; this makes ONNX Runtime take exact kernels there, and only there.
     options.add_session_config_entry("session.x64quantprecision", "1")
     # Between two runs the cores belong to the server; idle worker threads that spin would take them.

@@ -1,6 +1,7 @@
 """What the exporter writes, describes, refuses and repeats."""
 
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -144,21 +145,19 @@ def test_models_of_the_family_pass_the_check(model_of):
     Onnx(capacity=256).check(model_of())
 
 
-@pytest.mark.parametrize("activation", ["gelu", "relu", "gelu_pytorch_tanh"])
-def test_another_activation_is_refused(model_of, activation):
-    error = refusal(model_of(hidden_act=activation))
-    assert (error.message, error.hint) == (f"the MLP's activation '{activation}' is not supported", "supported: silu")
-
-
-def test_a_rope_that_depends_on_the_length_is_refused(model_of):
+def test_a_rope_that_depends_on_the_length_is_fixed_and_the_build_says_so(model_of, tmp_path):
     parameters = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
-    assert refusal(model_of(rope_parameters=parameters)).message == "rope type 'dynamic' is not supported"
+    model, notes = model_of(rope_parameters=parameters), []
+    exported(model, tmp_path, PassContext(verify="none", note=notes.append), capacity=512)
+    assert any("dynamic rope is fixed at the frequencies for 512 tokens" in note for note in notes)
+    assert refusal(model, capacity=513).message == "capacity 513 is beyond the model's 512 positions"
 
 
-@pytest.mark.parametrize("head_dim", [8, 24])
-def test_heads_that_the_kernel_cannot_turn_are_refused(model_of, head_dim):
-    error = refusal(model_of(head_dim=head_dim))
-    assert error.message == f"attention heads of {head_dim} columns are not supported"
+def test_an_unknown_rope_is_refused(model_of):
+    model = model_of()
+    unknown = {"rope_type": "spiral", "rope_theta": 10000.0}
+    error = refusal(replace(model, config={**model.config, "rope_parameters": unknown}))
+    assert error.message == "rope type 'spiral' is not supported"
 
 
 def test_a_capacity_beyond_the_models_positions_is_refused(model_of):

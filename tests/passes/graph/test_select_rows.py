@@ -259,7 +259,7 @@ def test_a_graph_that_picks_nothing_is_left(rewrite, graph_of, feeds):
 
 
 def test_rounding_is_done_again_for_the_picked_rows(rewrite, graph_of, feeds):
-    """A value that is rounded for all rows, for the attention, and for some, as where attention and MLP share a norm."""
+    """A value that is rounded for all rows and for some, as where attention and MLP share a norm."""
 
     def write(builder, x, rows):
         rounded = builder.op("QuantizeDequantizePerToken", x, domain="llmopt")

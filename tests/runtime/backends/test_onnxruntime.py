@@ -121,6 +121,14 @@ def test_a_file_that_is_no_model_is_refused(tiny_engine, tmp_path):
         open_backend(tmp_path, tiny_engine.engine, slots=1, capacity=8, threads=1)
 
 
+def test_the_engine_is_executed_as_it_was_verified(tiny_engine):
+    """Basic optimizations fold constants; the others would fuse operators that the lowering left apart."""
+    import onnxruntime as ort
+
+    options = opened(tiny_engine)._session.get_session_options()
+    assert options.graph_optimization_level == ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+
+
 def test_a_missing_onnxruntime_names_the_extra(tiny_engine, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(MissingExtraError) as caught:
