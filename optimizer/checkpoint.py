@@ -11,15 +11,19 @@ from llmopt.optimizer.errors import InputError, UnsupportedError
 from llmopt.optimizer.model import DenseWeight
 from llmopt.optimizer.tensor_file import DTYPES, read_header
 
-__all__ = ["INDEX_NAME", "WEIGHTS_NAME", "fit_to_shapes", "open_checkpoint", "some", "weight_files"]
+__all__ = ["INDEX_NAME", "WEIGHTS_NAME", "fit_to_shapes", "open_checkpoint", "some", "stored_names", "weight_files"]
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
 _FLOATS = {name: dtype for name, dtype in DTYPES.items() if dtype.is_floating_point}
 
-_BUFFERS = re.compile(r"\.(rotary_emb\.inv_freq|position_ids)$")
-"""Buffers that older versions of transformers saved; they are computed from the config."""
+_BUFFERS = re.compile(
+    r"(^|\.)((rotary_emb(_local)?|maybe_rotary)\.inv_freq|position_ids|attn\.(masked_)?bias|attention\.(masked_)?bias"
+    r"|decoder\.version)$"
+)
+"""Buffers that older versions saved: tables computed from the config, causal masks, a version. ``attn`` and
+``attention`` are no linears in any family, so nothing of theirs is a bias to add."""
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -57,6 +61,15 @@ def open_checkpoint(directory: Path) -> dict[str, DenseWeight]:
     if files[0].name == INDEX_NAME:
         _check_index(files[0], tensors)
     return {name: weight for shard in tensors.values() for name, weight in shard.items()}
+
+
+def stored_names(directory: Path) -> list[str]:
+    """The names of the checkpoint's tensors, whatever they hold; none where they cannot be read."""
+    try:
+        files = weight_files(directory)
+        return list(_weight_map(files[0]) if files[0].name == INDEX_NAME else read_header(files[0]))
+    except (InputError, SafetensorError, OSError):
+        return []
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """``config.json``: read, and completed by transformers' config class."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -60,8 +61,9 @@ def complete(config: Mapping[str, Any], arch: Arch, where: object) -> dict[str, 
     try:
         made = AutoConfig.for_model(_model_type(config, arch), **given)
         full = json.loads(made.to_json_string(use_diff=True))
-    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[-1].strip()
+    except (StrictDataclassError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        said = str(error.args[0] if isinstance(error, KeyError) else error).strip().splitlines()[-1]
+        reason = re.sub(r"^\w+Error: ", "", said.strip())
         raise InputError(f"{where}: config.json cannot be used: {reason}", hint="correct config.json") from error
     full = {name: value for name, value in full.items() if name not in _INCIDENTAL}
     # GPT-2 has n_layer where others have num_hidden_layers: the standard spelling is there beside its own.

@@ -187,4 +187,7 @@ def _transposed(stored: DenseWeight) -> DenseWeight:
 
 
 def _matrix(stored: DenseWeight, shape: Shape, number: int) -> Tensor:
-    return stored.load().reshape(-1, *shape)[number]
+    """The ``number``-th matrix of stacked experts; only its expert is read."""
+    of_each = stored.shape[1] // shape[0]
+    expert = number // of_each
+    return stored.rows(expert, expert + 1).reshape(of_each, *shape)[number % of_each]

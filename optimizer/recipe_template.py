@@ -2,8 +2,13 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
+from llmopt.optimizer import arch
+from llmopt.optimizer.errors import UnsupportedError
 from llmopt.optimizer.scheme import Scheme, preset
 
 __all__ = ["fitting_group_size", "input_widths", "recipe_text"]
@@ -84,7 +89,7 @@ def fitting_group_size(widths: set[int]) -> int | None:
 
 
 def input_widths(model: Path) -> set[int] | None:
-    """The input columns of a local model's linears, from its config.json or GGUF header; None when not known.
+    """The input columns of a local model's linears, from its files' headers; None when not known.
 
     Raises:
         InputError: A GGUF file that is damaged.
@@ -95,11 +100,21 @@ def input_widths(model: Path) -> set[int] | None:
         return {entry.shape[1] for entry in read_header(model).tensors.values() if len(entry.shape) == 2} or None
     try:
         config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-        hidden, inner = int(config["hidden_size"]), int(config["intermediate_size"])
-        heads = int(config["num_attention_heads"])
-        return {hidden, inner, heads * int(config.get("head_dim") or hidden // heads)}
-    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):  # only a better default is lost
+        transposed = arch.find(config).transposed
+        shapes = [entry for file in model.glob("*.safetensors") for entry in _shapes(file)]
+    except (OSError, ValueError, AttributeError, SafetensorError, UnsupportedError):  # only a better default is lost
         return None
+    return {
+        shape[0] if name.removesuffix(".weight").endswith(transposed) else shape[-1]
+        for name, shape in shapes
+        if len(shape) > 1
+    } or None
+
+
+def _shapes(file: Path) -> Iterator[tuple[str, list[int]]]:
+    """Name and shape of each tensor of a safetensors file."""
+    with safe_open(file, framework="np") as tensors:
+        yield from ((name, tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
 
 
 def _group_size_lines(scheme: Scheme, widths: set[int] | None) -> str:

@@ -104,7 +104,10 @@ class _Resolver:
         hidden = self._integer(Key("hidden_size"))
         head_dim = self.config.get("head_dim") or hidden // heads
         if not self.config.get("head_dim") and hidden % heads:
-            raise InputError(f"config.json has a hidden size of {hidden}, which {heads} attention heads do not divide")
+            raise InputError(
+                f"config.json has a hidden size of {hidden}, which {heads} attention heads do not divide",
+                hint="correct config.json",
+            )
         scale = None if part.scale is None else self._number(part.scale)
         names = {
             role: None if below is None else f"{layer}.{below}"

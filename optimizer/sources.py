@@ -12,7 +12,8 @@ from llmopt.optimizer import arch as families
 from llmopt.optimizer import gguf_file, hub, pypi, tokenizer_files
 from llmopt.optimizer.arch.base import Arch
 from llmopt.optimizer.cache import digest_of
-from llmopt.optimizer.checkpoint import fit_to_shapes, open_checkpoint, weight_files
+from llmopt.optimizer.checkpoint import fit_to_shapes, open_checkpoint, stored_names, weight_files
+from llmopt.optimizer.config_check import check_completed, check_given
 from llmopt.optimizer.digests import file_digests
 from llmopt.optimizer.errors import InputError
 from llmopt.optimizer.gguf_header import read_header
@@ -77,11 +78,14 @@ def _load_directory(directory: Path, cache: Path) -> _Loaded:
     if ggufs and not (directory / "config.json").exists():
         raise InputError(f"{directory} holds GGUF files; name one of them", hint=", ".join(ggufs[:3]))
     raw = read_json(directory / "config.json")
-    arch = families.find(raw)
+    arch = families.find(raw, lambda: stored_names(directory))
+    check_given(raw)
     config = complete(raw, arch, directory)
+    stored = open_checkpoint(directory)
+    check_completed(config, arch, stored.keys())
     parameters = expected_parameters(config, arch, directory)
     shapes = weight_shapes(parameters)
-    weights = in_our_names(open_checkpoint(directory), parameters, arch, directory)
+    weights = in_our_names(stored, parameters, arch, directory)
     _settle_tie(config, arch, weights, shapes)
     weights = fit_to_shapes(weights, shapes, directory)
     present = [name for name in tokenizer_files.TOKENIZER_FILES if (directory / name).is_file()]
@@ -120,8 +124,10 @@ def _load_gguf(path: Path, cache: Path) -> _Loaded:
     sha256 = file_digests({path.name: path}, cache)[path.name]
     converted = tokenizer_files.convert_gguf(path, header.metadata, sha256, cache)
     raw = {**read_json(converted / "config.json"), "architectures": [next(iter(arch.models))]}
+    check_given(raw)
     config = complete(raw, arch, path)
     config["rope_parameters"] = gguf_file.rope_parameters(path, header, config)
+    check_completed(config, arch, ())
     shapes = weight_shapes(expected_parameters(config, arch, path))
     weights = gguf_file.open_weights(path, header, arch, config, shapes)
     if config["tie_word_embeddings"]:

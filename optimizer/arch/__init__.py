@@ -1,10 +1,9 @@
 """One declarative file per model family, found by the architecture's name in ``config.json`` or in a GGUF file."""
 
-import difflib
 import importlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from llmopt.optimizer.errors import UnsupportedError
 
@@ -21,17 +20,29 @@ def known() -> "list[Arch]":
     return [importlib.import_module(f"{__name__}.{name}").ARCH for name in names]
 
 
-def find(config: Mapping[str, Any]) -> "Arch":
+def find(config: Mapping[str, Any], parameters: Callable[[], Collection[str]] = list) -> "Arch":
     """The family of a checkpoint with this ``config.json``; without ``architectures`` its ``model_type`` decides.
+
+    Args:
+        config: As it was read.
+        parameters: Gives the names of the checkpoint's weights, to say how it differs from what is supported.
 
     Raises:
         UnsupportedError: No file of this folder covers it.
     """
+    families = known()
     architectures = config.get("architectures")
     if isinstance(architectures, list) and architectures:
         wanted = str(architectures[0])
-        return _find(wanted, lambda arch: arch.models, "architecture")
-    return _find(str(config.get("model_type", "")), lambda arch: arch.models.values(), "model type")
+        by_name = {name: arch for arch in families for name in arch.models}
+    else:
+        wanted = str(config.get("model_type") or "")
+        by_name = {model_type: arch for arch in families for model_type in arch.models.values()}
+    if wanted not in by_name:
+        from llmopt.optimizer.nearest_family import refusal
+
+        raise refusal(config, parameters(), families)
+    return by_name[wanted]
 
 
 def find_gguf(name: str) -> "Arch":
@@ -40,23 +51,10 @@ def find_gguf(name: str) -> "Arch":
     Raises:
         UnsupportedError: No file of this folder covers it.
     """
-    return _find(name, lambda arch: (arch.gguf,) if arch.gguf else (), "GGUF architecture")
-
-
-def _find(wanted: str, names_of: "Callable[[Arch], Iterable[str]]", kind: str) -> "Arch":
-    by_name: dict[str, Arch] = {}
-    for arch in known():
-        for name in names_of(arch):
-            by_name.setdefault(name, arch)
-    if wanted not in by_name:
-        _refuse(wanted, sorted(by_name), kind)
-    return by_name[wanted]
-
-
-def _refuse(wanted: str, supported: list[str], kind: str) -> NoReturn:
-    near = difflib.get_close_matches(wanted, supported, n=1, cutoff=0.6)
-    guess = f"the nearest is {near[0]}; " if near else ""
-    raise UnsupportedError(
-        f"{kind} {wanted or '(none named)'} is not supported",
-        hint=f"{guess}supported: {', '.join(supported)}; a family is one file in optimizer/arch/",
-    )
+    by_name = {arch.gguf: arch for arch in known() if arch.gguf}
+    if name not in by_name:
+        raise UnsupportedError(
+            f"GGUF architecture {name} is not supported",
+            hint=f"supported: {', '.join(sorted(by_name))}; other families are read from safetensors checkpoints",
+        )
+    return by_name[name]

@@ -1,6 +1,6 @@
 """What a model family is to the compiler: the names of its parts, and which config entries shape the computation.
 
-A family's file holds one ``Arch``. Nothing in it depends on a checkpoint; ``optimizer/decoder.py`` resolves it with a
+A family's file holds one ``Arch``. Nothing in it depends on a checkpoint; ``optimizer/resolver.py`` resolves it with a
 checkpoint's config into the numbers that are compiled.
 """
 
@@ -42,6 +42,7 @@ class AttentionPart:
         scale: What query times key is multiplied with; None: ``head_dim ** -0.5``.
         softcap: Scores s become ``softcap * tanh(s / softcap)`` where the config has a number.
         rope: Whether positions enter by rotary embedding.
+        partial_rope: Whether the config may have it turn a part of each head only.
     """
 
     output: str
@@ -58,6 +59,7 @@ class AttentionPart:
     scale: Key | None = None
     softcap: Key | None = None
     rope: bool = True
+    partial_rope: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

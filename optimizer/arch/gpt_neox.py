@@ -10,6 +10,7 @@ ARCH = Arch(
         packing="groups",
         output="attention.dense",
         kv_heads=Key("num_attention_heads"),
+        partial_rope=True,
     ),
     mlp=MlpPart(up="mlp.dense_h_to_4h", down="mlp.dense_4h_to_h"),
     norms=LayerNorms(attention_in="input_layernorm", mlp_in="post_attention_layernorm"),

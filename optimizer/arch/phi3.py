@@ -9,7 +9,7 @@ ARCH = replace(
     llama.ARCH,
     name="phi3",
     models={"Phi3ForCausalLM": "phi3"},
-    attention=AttentionPart(packed="self_attn.qkv_proj", output="self_attn.o_proj"),
+    attention=AttentionPart(packed="self_attn.qkv_proj", output="self_attn.o_proj", partial_rope=True),
     mlp=MlpPart(packed="mlp.gate_up_proj", down="mlp.down_proj"),
     gguf=None,
 )

@@ -1,13 +1,16 @@
 """The layer-at-a-time execution against transformers' own forward pass and naive quantized arithmetic."""
 
+from functools import cache
+
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from llmopt.calibration.reference import Reference, quantize_per_token
 from llmopt.optimizer.errors import InputError, UnsupportedError
 from llmopt.optimizer.model import DenseWeight, QuantWeight
 from llmopt.optimizer.scheme import PRESETS
+from llmopt.optimizer.sources import load_model
 
 IDS = torch.arange(3 * 17).reshape(3, 17) % 101
 # Sums of some hundred float32 terms in another order differ by a few of their last bits.
@@ -25,6 +28,69 @@ def naive_per_token(x):
         m = row.abs().max()
         rows.append(row if m == 0 else torch.round(row / m * 127) * m / 127)
     return torch.stack(rows).reshape(x.shape)
+
+
+@pytest.fixture(scope="module")
+def loaded(family_of, tmp_path_factory):
+    """Makes (our model, transformers' module) of a family, both read from the same files."""
+
+    @cache
+    def load(name):
+        network = AutoModelForCausalLM.from_pretrained(
+            family_of(name), dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+        return load_model(str(family_of(name)), cache=tmp_path_factory.mktemp("cache")), network
+
+    return load
+
+
+def close_to(found, expected):
+    """Within 2e-5 of the largest logit: sums in another order, through three layers with weights of 0.2."""
+    assert found.shape == expected.shape
+    return float((found - expected).abs().max() / expected.abs().max()) < 2e-5
+
+
+def tokens(model, count):
+    vocab = model.decoder.vocab_size
+    return torch.randint(3, vocab, (2, count), generator=torch.Generator().manual_seed(1))
+
+
+def test_every_family_computes_what_transformers_does(family_name, loaded):
+    model, network = loaded(family_name)
+    ids = tokens(model, 24)
+    with torch.no_grad():
+        expected = network(ids, output_hidden_states=True)
+    reference = Reference(model)
+    hidden = reference.embed(ids)
+    assert close_to(hidden, expected.hidden_states[0])
+    for index in range(model.num_layers):
+        hidden = reference.layer(index, hidden)
+        if index < model.num_layers - 1:  # the last one of transformers' list is normed already
+            assert close_to(hidden, expected.hidden_states[index + 1])
+    assert close_to(reference.head(hidden), expected.logits)
+
+
+def test_every_family_decodes_what_transformers_computes_at_once(family_name, loaded):
+    model, network = loaded(family_name)
+    ids = tokens(model, 16)
+    with torch.no_grad():
+        expected = network(ids).logits
+    reference, kept = Reference(model, resident=True), DynamicCache()
+    assert close_to(reference.decode(ids[:, :6], kept), expected[:, 5])
+    for position in range(6, 16):
+        assert close_to(reference.decode(ids[:, position : position + 1], kept), expected[:, position])
+
+
+@pytest.mark.parametrize("family_name", ["llama-dynamic-rope", "phi3-longrope"])
+def test_a_long_sequence_leaves_no_trace_in_the_next_one(family_name, loaded, family_of):
+    model, _ = loaded(family_name)
+    ids = tokens(model, 90)  # rope changes beyond 64 tokens
+    reference, other = Reference(model), Reference(model)  # a head run on single tokens would reset the rope
+    for count in (90, 70, 64, 20):
+        network = AutoModelForCausalLM.from_pretrained(family_of(family_name), dtype=torch.float32).eval()
+        with torch.no_grad():
+            expected = network(ids[:, :count]).logits
+        assert close_to(other.head(reference.hidden_states(ids[:, :count])), expected)
 
 
 @pytest.mark.parametrize(
@@ -76,6 +142,22 @@ def test_only_one_part_is_in_memory_at_a_time(pair_of):
     assert filled == {"lm_head.weight", "model.norm.weight"}
 
 
+@pytest.mark.parametrize("family_name", ["gemma3", "gpt2", "falcon", "opt-350m", "mixtral"])
+def test_one_layer_of_every_family_is_in_memory_at_a_time(family_name, loaded):
+    model, _ = loaded(family_name)
+    reference = Reference(model)
+    small = {name for name, value in reference.network.named_parameters() if not value.is_meta}
+    layer = model.decoder.layers[1].name
+    outside = (model.decoder.positions, model.decoder.project_in, model.decoder.project_out)
+    norm = model.decoder.final_norm
+    expected = [*(f"{part}." for part in outside if part), *([f"{norm.name}."] if norm else [])]
+    assert all(name.startswith(tuple(expected)) for name in small)
+    reference.layer(1, reference.layer(0, reference.embed(tokens(model, 9))))
+    filled = {name for name, value in reference.network.named_parameters() if not value.is_meta}
+    below = {name for name, _ in reference.network.named_parameters() if name.startswith(f"{layer}.")}
+    assert filled == small | below
+
+
 def test_decoding_with_a_cache_gives_the_same_logits(pair_of):
     model, network = pair_of()
     reference, cache = Reference(model, resident=True), DynamicCache()
@@ -114,6 +196,56 @@ def test_w8a8_rounds_what_enters_each_linear_and_a_tied_table_serves_both_ends(p
     difference = (Reference(model.with_weights(changed)).logits(IDS) - expected).abs()
     assert difference.mean() < 1e-3
     assert difference.median() < 1e-5
+
+
+@pytest.mark.parametrize("family_name", ["gpt2", "falcon", "opt-350m", "gpt_neox", "phi3"])
+def test_w8a8_rounds_what_enters_linears_of_every_kind(family_name, loaded):
+    model, _ = loaded(family_name)
+    changed = {model.weight_of(name): int8(model.weights[model.weight_of(name)].dense()) for name in model.linears()}
+    quantized = Reference(model.with_weights(changed))
+    rounded = {name: Rounded(quantized.network, name) for name in model.linears()}
+    quantized.logits(tokens(model, 9))
+    for name, linear in rounded.items():
+        weight = changed[model.weight_of(name)].dense()
+        bias = model.weights.get(f"{name}.bias")
+        expected = naive_per_token(linear.entered) @ weight.T + (0 if bias is None else bias.dense())
+        torch.testing.assert_close(linear.left, expected, rtol=1e-4, atol=1e-4)
+
+
+class Rounded:
+    """What entered and left one of transformers' linears, hooked before and behind everything else."""
+
+    def __init__(self, network, name):
+        names = {"embed_out": "lm_head"}
+        module = network.get_submodule(names.get(name, name))
+        module.register_forward_pre_hook(self.keep_entered, prepend=True)
+        module.register_forward_hook(self.keep_left)
+
+    def keep_entered(self, module, inputs):
+        self.entered = inputs[0]
+
+    def keep_left(self, module, inputs, output):
+        self.left = output.clone()  # Falcon adds to it in place
+
+
+@pytest.mark.parametrize("family_name", ["mixtral", "qwen3_moe"])
+def test_experts_with_quantized_weights_compute_with_what_the_integers_stand_for(family_name, loaded):
+    model, _ = loaded(family_name)
+    names = [model.weight_of(name) for name in model.linears() if ".experts." in name]
+    changed = {name: int8(model.weights[name].dense(), "W8A16") for name in names}
+    dense = {name: DenseWeight.of(weight.dense()) for name, weight in changed.items()}
+    ids = tokens(model, 9)
+    found = Reference(model.with_weights(changed)).logits(ids)
+    assert torch.equal(found, Reference(model.with_weights(dense)).logits(ids))
+    assert not close_to(found, Reference(model).logits(ids))
+
+
+def test_experts_with_quantized_inputs_are_refused(loaded):
+    model, _ = loaded("mixtral")
+    name = "model.layers.1.block_sparse_moe.experts.2.w1"
+    changed = {f"{name}.weight": int8(model.weights[f"{name}.weight"].dense())}
+    with pytest.raises(UnsupportedError, match=f"{name} is an expert with quantized inputs"):
+        Reference(model.with_weights(changed))
 
 
 def test_per_token_rounding_is_the_naive_one():

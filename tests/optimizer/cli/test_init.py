@@ -1,14 +1,18 @@
 """``llmopt init``: the recipe it writes loads, fits the model, and replaces nothing unasked."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from llmopt.optimizer.cli.main import main
 from llmopt.optimizer.recipe import Recipe
 from llmopt.optimizer.recipe_template import fitting_group_size, input_widths
 from llmopt.optimizer.scheme import PRESETS
+from llmopt.optimizer.sources import load_model
 
 
 @pytest.fixture(autouse=True)
@@ -23,10 +27,18 @@ def run(*args: str) -> int:
     return ended.value.code
 
 
-def checkpoint(folder: Path, **config: object) -> Path:
+def checkpoint(folder: Path, *, hidden: int = 576, inner: int = 1536, attended: int = 576) -> Path:
+    """A Llama's config and linears of one layer, with ``attended`` columns entering the last of attention's."""
     folder.mkdir(parents=True)
-    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9}
-    (folder / "config.json").write_text(json.dumps(sizes | config))
+    (folder / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
+    shapes = {
+        "self_attn.q_proj": (attended, hidden),
+        "self_attn.o_proj": (hidden, attended),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+    weights = {f"model.layers.0.{name}.weight": np.zeros(shape, np.int8) for name, shape in shapes.items()}
+    save_file(weights | {"model.norm.weight": np.zeros(7, np.int8)}, folder / "model.safetensors")
     return folder
 
 
@@ -57,19 +69,25 @@ def test_every_line_that_is_commented_out_is_valid_too(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "size"),
+    ("widths", "size"),
     [
         ({}, 32),
-        ({"hidden_size": 48, "num_attention_heads": 3}, 16),
-        ({"hidden_size": 24, "num_attention_heads": 3}, -1),
-        ({"num_attention_heads": 4, "head_dim": 20}, 16),
-        ({"hidden_size": "wide"}, 32),
+        ({"hidden": 48}, 16),
+        ({"hidden": 24}, -1),
+        ({"attended": 80}, 16),
     ],
 )
-def test_the_group_size_fits_the_widths_of_a_local_model(folder: Path, config: dict[str, object], size: int) -> None:
-    checkpoint(folder / "model", **config)
+def test_the_group_size_fits_the_widths_of_a_local_model(folder: Path, widths: dict[str, int], size: int) -> None:
+    checkpoint(folder / "model", **widths)
     assert run("model", "--scheme", "W4A16") == 0
     assert Recipe.load(Path("recipe.yaml")).passes[0].instance.group_size == size
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"architectures": ["MambaForCausalLM"]}'])
+def test_a_model_whose_widths_cannot_be_read_gets_the_default(folder: Path, text: str) -> None:
+    (checkpoint(folder / "model", hidden=24) / "config.json").write_text(text)
+    assert run("model", "--scheme", "W4A16") == 0
+    assert Recipe.load(Path("recipe.yaml")).passes[0].instance.group_size == 32
 
 
 def test_a_scheme_without_groups_gets_no_group_size() -> None:
@@ -77,9 +95,13 @@ def test_a_scheme_without_groups_gets_no_group_size() -> None:
     assert "group_size" not in Path("recipe.yaml").read_text()
 
 
-def test_widths_of_the_tiny_model_are_its_linears_input_widths(tiny_llama: Path) -> None:
-    config = json.loads((tiny_llama / "config.json").read_text())
-    assert {config["hidden_size"], config["intermediate_size"]} <= (input_widths(tiny_llama) or set())
+def test_the_widths_of_every_family_are_those_of_its_linears(
+    family_name: str, family_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = load_model(str(family_of(family_name)), cache=tmp_path)
+    linears = {model.weights[model.weight_of(name)].shape[1] for name in model.linears()}
+    assert linears <= (input_widths(family_of(family_name)) or set())
+    assert (input_widths(family_of(family_name)) or set()) - linears <= {model.decoder.hidden_size}
 
 
 @pytest.mark.parametrize(("widths", "size"), [({64, 96}, 32), ({64, 80}, 16), ({64, 72}, None), ({4096}, 32)])
