@@ -90,7 +90,7 @@ def expected_parameters(config: Mapping[str, Any], arch: Arch, where: object) ->
     try:
         with torch.device("meta"):
             network = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **settings))
-    except (ValueError, TypeError, KeyError, RuntimeError, ArithmeticError) as error:
+    except (ValueError, TypeError, KeyError, RuntimeError, ArithmeticError, AssertionError) as error:
         raise InputError(f"{where}: config.json describes no model: {error}", hint="correct config.json") from error
     shapes = {name: tuple(value.shape) for name, value in network.named_parameters(remove_duplicate=False)}
     return module_parameters(shapes, arch)

@@ -135,6 +135,11 @@ def _convert(directory: Path, partial: Path) -> None:
             f"{directory} has no tokenizer.json, and no other tokenizer that can be converted to one",
             hint="put the model's tokenizer.json and tokenizer_config.json into the directory",
         ) from error
+    if len(tokenizer.get_vocab()) <= len(tokenizer.get_added_vocab()):  # what transformers makes of no file at all
+        raise InputError(
+            f"{directory} has no tokenizer.json, and its tokenizer has no vocabulary but special tokens",
+            hint="put the model's tokenizer.json and tokenizer_config.json into the directory",
+        )
     tokenizer.save_pretrained(partial)
     if not (partial / "tokenizer.json").is_file():
         raise InputError(

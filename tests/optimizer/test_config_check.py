@@ -85,6 +85,7 @@ def test_what_has_no_description_is_refused_by_name(
         ("gpt2", {"n_layer": 0}, "n_layer in config.json is 0"),
         ("llama", {"num_hidden_layers": 2}, "holds 9 weights that its config has no place for"),
         ("llama", {"vocab_size": 511}, "model.embed_tokens.weight is [512, 64], not [511, 64]"),
+        ("llama", {"pad_token_id": 600}, "Padding_idx must be within num_embeddings"),
         ("llama", {"max_position_embeddings": 0}, "max_position_embeddings in config.json is 0"),
         ("gemma2", {"layer_types": ["full_attention"] * 2}, "3 layers, but layer_types has length 2"),
         ("smollm3", {"no_rope_layers": [1]}, "3 layers, but no_rope_layers has length 1"),

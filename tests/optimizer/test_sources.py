@@ -252,6 +252,17 @@ def test_a_directory_without_any_tokenizer_is_refused(
     assert not [path for path in (tmp_path / "cache" / "tokenizers").iterdir() if path.is_dir()]
 
 
+@pytest.mark.parametrize("family_name", ["qwen2", "gpt2", "gpt_neox", "opt", "falcon", "gemma2"])
+def test_no_family_gets_an_empty_tokenizer(
+    family_name: str, family_of: Callable[[str], Path], copy_of: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    directory = copy_of(family_of(family_name))
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (directory / name).unlink()
+    with pytest.raises(InputError, match=r"has no tokenizer\.json, and"):
+        load_model(str(directory), cache=tmp_path / "cache")
+
+
 def test_a_directory_of_gguf_files_asks_for_one(tmp_path: Path) -> None:
     (tmp_path / "model-Q8_0.gguf").touch()
     with pytest.raises(InputError, match="name one of them") as caught:
