@@ -61,6 +61,24 @@ def test_a_model_has_two_a_layer_but_for_its_first_norm_and_one_behind_the_layer
     assert result.difference() < CLOSE
 
 
+@pytest.mark.parametrize(
+    ("family_name", "fused", "left"),
+    [
+        ("gemma2", 6, 7),  # of four norms a layer, two read what a branch adds
+        ("olmo2", 1, 12),  # norms of branches, and of query and key; the last one reads a sum
+        ("granite", 6, 1),  # branches are multiplied before they are added
+        ("qwen3", 6, 7),  # and norms of query and key
+        ("falcon", 0, 0),  # LayerNorms stay operators of their own
+    ],
+)
+def test_every_family_has_its_sums_and_norms_fused(rewrite_model, family_model, family_name, fused, left):
+    result = rewrite_model("fuse_norm", family_model(family_name))
+    assert result.applied == fused
+    assert result.ops["RMSNormalization"] == left
+    assert result.unchanged == (fused == 0)
+    assert result.difference() < 1e-5  # several norms one behind the other
+
+
 def test_the_picked_rows_of_a_model_are_fused(rewrite_model, model_of):
     assert rewrite_model("fuse_norm", model_of(), after=["select_rows"]).applied == 6
 
