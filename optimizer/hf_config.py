@@ -65,7 +65,9 @@ def complete(config: Mapping[str, Any], arch: Arch, where: object) -> dict[str, 
         said = str(error.args[0] if isinstance(error, KeyError) else error).strip().splitlines()[-1]
         reason = re.sub(r"^\w+Error: ", "", said.strip())
         raise InputError(f"{where}: config.json cannot be used: {reason}", hint="correct config.json") from error
-    full = {name: value for name, value in full.items() if name not in _INCIDENTAL}
+    # What the class does not declare, transformers keeps but does not obey: nor does the resolver.
+    declared = type(made)().to_dict().keys() | made.attribute_map.keys()
+    full = {name: value for name, value in full.items() if name in declared and name not in _INCIDENTAL}
     # GPT-2 has n_layer where others have num_hidden_layers: the standard spelling is there beside its own.
     full |= {name: full[own] for name, own in made.attribute_map.items() if own in full and name not in full}
     model_types = {model_type: name for name, model_type in arch.models.items()}

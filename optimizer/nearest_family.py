@@ -39,7 +39,11 @@ def refusal(config: Mapping[str, Any], parameters: Collection[str], known: Seque
     """
     given = config.get("architectures")
     wanted = str(given[0] if isinstance(given, list) and given else config.get("model_type") or "")
-    what = f"{'architecture' if given or not wanted else 'model type'} {wanted or '(none named)'} is not supported"
+    if not wanted:
+        return UnsupportedError(
+            "config.json names neither architectures nor model_type", hint="they say which model it belongs to"
+        )
+    what = f"{'architecture' if given else 'model type'} {wanted} is not supported"
     names = sorted({name for arch in known for name in arch.models})
     supported = f"supported: {', '.join(names)}; a family is one file in optimizer/arch/"
     inside = config.get("text_config")

@@ -58,14 +58,14 @@ class _Resolver:
             head_dim=layers[0].attention.head_dim,
             max_positions=self._integer(Key("max_position_embeddings")),
             embedding=arch.embedding,
-            embedding_scale=self._number(arch.embedding_scale) or 1.0,
+            embedding_scale=self._factor(arch.embedding_scale),
             positions=arch.positions,
             positions_offset=arch.positions_offset,
             project_in=self._present(arch.project_in),
             project_out=self._present(arch.project_out),
             final_norm=self._norm(self._present(arch.final_norm)),
             head=arch.head,
-            logit_scale=self._number(arch.logit_scale) or 1.0,
+            logit_scale=self._factor(arch.logit_scale),
             logit_softcap=None if arch.logit_softcap is None else self._number(arch.logit_softcap),
         )
 
@@ -86,7 +86,7 @@ class _Resolver:
             for below in [getattr(arch.norms, place)]
         }
         parallel = arch.parallel if isinstance(arch.parallel, bool) else bool(self.config[arch.parallel])
-        scale = self._number(arch.residual_scale) or 1.0
+        scale = self._factor(arch.residual_scale)
         attention = self._attention(i, name)
         return Layer(
             name=name, attention=attention, mlp=self._mlp(name), parallel=parallel, residual_scale=scale, **norms
@@ -153,7 +153,8 @@ class _Resolver:
         if "rope_theta" not in parameters:
             parameters = dict(parameters[self._kind(i)])
         kind = parameters.pop("rope_type", "default")
-        part = parameters.pop("partial_rotary_factor", None) or self.config.get("partial_rotary_factor") or 1.0
+        parts = (parameters.pop("partial_rotary_factor", None), self.config.get("partial_rotary_factor"), 1.0)
+        part = next(part for part in parts if part is not None)
         return Rope(
             kind=kind,
             theta=float(parameters.pop("rope_theta")),
@@ -209,6 +210,10 @@ class _Resolver:
 
     def _present(self, module: str | None) -> str | None:
         return module if f"{module}.weight" in self.parameters else None
+
+    def _factor(self, key: Key) -> float:
+        value = self._number(key)
+        return 1.0 if value is None else value
 
     def _number(self, key: Key) -> float | None:
         value = self.config.get(key.name)

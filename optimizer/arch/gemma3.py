@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from llmopt.optimizer.arch import gemma2
 
-ATTENTION = replace(gemma2.ARCH.attention, query_norm="self_attn.q_norm", key_norm="self_attn.k_norm")
+# Its config has Gemma 2's cap of the scores, which transformers does not obey.
+ATTENTION = replace(gemma2.ARCH.attention, query_norm="self_attn.q_norm", key_norm="self_attn.k_norm", softcap=None)
 
 ARCH = replace(gemma2.ARCH, name="gemma3", models={"Gemma3ForCausalLM": "gemma3_text"}, attention=ATTENTION)

@@ -97,7 +97,7 @@ def test_without_weights_the_config_and_the_name_say_what_is_nearest() -> None:
     )
     assert refused({"architectures": ["ZForCausalLM"]}).message == "architecture ZForCausalLM is not supported"
     assert refused({"model_type": "mamba"}).message == "model type mamba is not supported"
-    assert refused({}).message == "architecture (none named) is not supported"
+    assert refused({}).message == "config.json names neither architectures nor model_type"
 
 
 def test_a_task_other_than_generating_text_is_told_by_its_head(

@@ -214,3 +214,25 @@ def test_a_number_that_is_missing_is_an_error():
 def test_descriptions_are_values():
     assert replace(llama.ARCH, gguf=None) == replace(llama.ARCH, gguf=None)
     assert described(llama.ARCH) == described(llama.ARCH)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "stray"),
+    [
+        ("llama", {"sliding_window": 4, "layer_types": ["sliding_attention"] * 4}),
+        ("llama", {"no_rope_layers": [1, 0, 1, 0]}),
+        ("llama", {"attention_multiplier": 3.0, "logits_scaling": 2.0, "embedding_multiplier": 4.0}),
+        ("granite", {"sliding_window": 4}),
+    ],
+)
+def test_entries_that_transformers_does_not_obey_are_not_obeyed(model_type, stray):
+    assert described(llama.ARCH, model_type=model_type, **stray) == described(llama.ARCH, model_type=model_type)
+
+
+def test_gemma_3_has_no_cap_of_scores_whatever_its_config_says():
+    assert described(gemma3.ARCH, attn_logit_softcapping=3.0).layers[0].attention.softcap is None
+
+
+def test_a_multiplier_of_zero_is_a_multiplier():
+    decoder = described(llama.ARCH, model_type="granite", residual_multiplier=0.0)
+    assert decoder.layers[0].residual_scale == 0.0

@@ -100,7 +100,7 @@ def test_the_model_type_decides_where_no_architecture_is_named() -> None:
     assert families.find({"model_type": "llama"}).name == "llama"
     with pytest.raises(UnsupportedError, match="model type mamba"):
         families.find({"model_type": "mamba", "architectures": None})
-    with pytest.raises(UnsupportedError, match="none named"):
+    with pytest.raises(UnsupportedError, match="neither architectures nor model_type"):
         families.find({})
 
 
