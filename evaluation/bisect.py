@@ -21,6 +21,7 @@ from llmopt.evaluation.paired import Agreement, Yardstick, model_logits
 from llmopt.optimizer.errors import InputError
 from llmopt.optimizer.manifest import PassRecord
 from llmopt.optimizer.model import Model
+from llmopt.optimizer.model_check import check_model
 from llmopt.optimizer.pipeline import each_pass
 from llmopt.optimizer.progress import Progress, Tick
 from llmopt.optimizer.recipe import Recipe
@@ -184,10 +185,8 @@ def bisect(
 
 def _check(recipe: Recipe, model: Model, text: Text) -> None:
     """What can be found out before any tensor is read."""
-    for step in recipe.passes[:1]:
-        step.instance.requires(model)
+    check_model(recipe, model)
     for item in recipe.export:
-        item.instance.check(model)
         longest = item.instance.longest(model)
         if longest is not None and text.length > longest:
             raise InputError(

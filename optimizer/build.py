@@ -14,8 +14,8 @@ import torch
 from llmopt.optimizer.build_record import RECORD_NAME, BuildRecord
 from llmopt.optimizer.cache import digest_of, locked, publish
 from llmopt.optimizer.contents import layers_of, sizes_of
-from llmopt.optimizer.contracts import PassContext, QuantPass
-from llmopt.optimizer.errors import InputError, ResourceError, UnsupportedError, is_out_of_memory
+from llmopt.optimizer.contracts import PassContext
+from llmopt.optimizer.errors import InputError, ResourceError, is_out_of_memory
 from llmopt.optimizer.gates import Gate
 from llmopt.optimizer.manifest import (
     MANIFEST_NAME,
@@ -29,6 +29,7 @@ from llmopt.optimizer.manifest import (
     sha256_of,
 )
 from llmopt.optimizer.model import Model
+from llmopt.optimizer.model_check import check_model
 from llmopt.optimizer.pipeline import run_passes
 from llmopt.optimizer.progress import Progress
 from llmopt.optimizer.recipe import Recipe
@@ -147,19 +148,13 @@ def _memory_limit(recipe: Recipe) -> Iterator[None]:
 
 
 def _check(recipe: Recipe, model: Model, output: Path) -> None:
-    """What can be found out before any tensor is read: does the model fit passes and exporters, and the disk the files.
-
-    Passes after the first are asked again when it is their turn, on the model they will get.
-    """
-    for step in recipe.passes[:1]:
-        step.instance.requires(model)
-    _check_experts(recipe, model)
+    """What can be found out before any tensor is read: does the model fit the recipe, and the disk the files."""
+    check_model(recipe, model)
     names = [item.name for item in recipe.export]
     if twice := {name for name in names if names.count(name) > 1}:
         raise InputError(f"export has {', '.join(sorted(twice))} more than once", hint="one build holds one of each")
     needed = 0
     for item in recipe.export:
-        item.instance.check(model)
         needed += item.instance.estimate(model)
         _check_gates(recipe.accept, item.instance.longest(model))
     parent = next(folder for folder in output.absolute().parents if folder.exists())
@@ -171,24 +166,6 @@ def _check(recipe: Recipe, model: Model, output: Path) -> None:
             f"the build needs about {needed / 1e9:.1f} GB, the disk of {parent} has {free / 1e9:.1f} GB free",
             hint="free some space, or name a directory on another disk with -o",
         )
-
-
-def _check_experts(recipe: Recipe, model: Model) -> None:
-    """Experts run fewer schemes than linears do, and only the model shows which modules an override means."""
-    targets = [target for item in recipe.export for target in item.instance.targets()]
-    experts = model.decoder.expert_linears
-    for i, step in enumerate(recipe.passes):
-        if not isinstance(step.instance, QuantPass):
-            continue
-        schemes, deciding = step.instance.schemes(), step.instance.deciding(model)
-        for module in deciding:
-            scheme = schemes.get(deciding[module]) if module in experts else None
-            reasons = [] if scheme is None else [target.refusal(scheme, experts=True) for target in targets]
-            for reason in filter(None, reasons):
-                raise UnsupportedError(
-                    f"passes.{i}.{step.name}.{deciding[module]}: {module} is an expert: {reason}",
-                    hint="leave experts out of that override, and the option experts decides about them",
-                )
 
 
 def _check_gates(gates: Sequence[Gate], longest: int | None) -> None:

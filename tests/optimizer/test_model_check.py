@@ -1,0 +1,67 @@
+"""A model that does not fit its recipe is told before any tensor is read."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from llmopt.optimizer.errors import LlmoptError, PassError, UnsupportedError
+from llmopt.optimizer.model import DenseWeight, Model
+from llmopt.optimizer.model_check import check_model
+from llmopt.optimizer.recipe import Recipe
+from llmopt.optimizer.sources import load_model
+
+
+@pytest.fixture
+def recipe_of(tmp_path: Path):
+    """A recipe with one rounding pass and one engine."""
+
+    def recipe(source: Path, capacity: int = 64, **options: object) -> Recipe:
+        settings = {
+            "version": 1, "model": str(source), "passes": [{"round_to_nearest": options}],
+            "export": [{"onnx": {"capacity": capacity}}],
+        }  # fmt: skip
+        (tmp_path / "recipe.yaml").write_text(json.dumps(settings))
+        return Recipe.load(tmp_path / "recipe.yaml")
+
+    return recipe
+
+
+def unread(model: Model) -> Model:
+    """The model with weights that cannot be read."""
+
+    def load():
+        raise AssertionError("a tensor was read")
+
+    return replace(
+        model, weights={name: DenseWeight(each.shape, each.dtype, load) for name, each in model.weights.items()}
+    )
+
+
+def test_what_fits_is_accepted(recipe_of, tiny_llama: Path, tmp_path: Path) -> None:
+    check_model(recipe_of(tiny_llama, scheme="W8A8"), unread(load_model(str(tiny_llama), cache=tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"scheme": "W4A16", "group_size": 48}, PassError, "48"),
+        ({"scheme": "W8A8", "capacity": 1000}, UnsupportedError, "capacity 1000"),
+    ],
+)
+def test_the_first_pass_and_the_exporter_are_asked(
+    recipe_of, tiny_llama: Path, tmp_path: Path, options: dict, error: type[LlmoptError], said: str
+) -> None:
+    model = unread(load_model(str(tiny_llama), cache=tmp_path))
+    with pytest.raises(error, match=said):
+        check_model(recipe_of(tiny_llama, **options), model)
+
+
+def test_experts_get_no_scheme_that_no_kernel_runs(recipe_of, family_of: Callable[[str], Path], tmp_path: Path) -> None:
+    source = family_of("mixtral")
+    overrides = [{"match": "re:.*experts.*", "scheme": "W8A8"}]
+    model = unread(load_model(str(source), cache=tmp_path))
+    with pytest.raises(UnsupportedError, match="is an expert"):
+        check_model(recipe_of(source, scheme="W8A8", overrides=overrides), model)
