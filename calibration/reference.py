@@ -1,13 +1,14 @@
 """The one place that executes a ``Model``: every other engine is judged against what this computes.
 
 transformers' own modules are built without memory (on the meta device) and hold the weights of one part at a time: the
-embedding, a decoder layer, or the head; tables of positions, projections beside the embedding and the final norm are
-small and stay. How a layer is called (masks, rotary tables) is taken from transformers' own forward pass, by running it
-once with layers that only write down their arguments; so a family needs no code here.
+embedding, a decoder layer, or the head. Tables of positions, projections beside the embedding and the final norm are
+small and stay; a large table of the embedding or the head is read a few rows at a time. How a layer is called (masks,
+rotary tables) is taken from transformers' own forward pass, by running it once with layers that only write down their
+arguments; so a family needs no code here.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -15,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from llmopt.calibration.large_table import is_large, look_up_rows, multiply_by_blocks
 from llmopt.calibration.skeleton import Tables, skeleton
 from llmopt.optimizer.errors import InputError, UnsupportedError
-from llmopt.optimizer.model import Model, QuantWeight
+from llmopt.optimizer.model import DenseWeight, Model, QuantWeight, Weight
 from llmopt.optimizer.parameters import Parameter, module_parameters, their_name
 from llmopt.optimizer.scheme import QuantSpec
 
@@ -53,7 +55,7 @@ class Reference:
     Args:
         model: What to run. Tied and untied heads, biases, dense and quantized weights.
         threads: PyTorch threads while it runs; None keeps the process's number.
-        resident: Whether to load all weights once and keep them, as ``decode`` needs.
+        resident: Whether to load all weights once and keep them, which pays when ``decode`` visits them for each token.
         dtype: What it computes in. Anything but float32 is for text, not for judging.
 
     Raises:
@@ -79,6 +81,7 @@ class Reference:
         self._parameters = module_parameters(shapes, model.arch)
         self._layers: Any = self._module(model.arch.layer.rpartition(".")[0])
         self._filled: dict[str, nn.Module] = {}
+        self._streamed = self._stream_large_tables()
         self._arguments: tuple[tuple[int, int], list[_Arguments]] | None = None
         decoder = model.decoder
         norm = None if decoder.final_norm is None else decoder.final_norm.name
@@ -164,15 +167,26 @@ class Reference:
     def decode(self, ids: Tensor, cache: DynamicCache) -> Tensor:
         """The next token's logits, float32 ``[n, vocab]``, for ids int64 ``[n, t]`` that follow what ``cache`` holds.
 
-        The ids are added to ``cache``, which starts as an empty ``DynamicCache()``. Needs ``resident=True``.
+        The ids are added to ``cache``, which starts as an empty ``DynamicCache()``.
         """
-        assert self.resident, "decoding visits every layer for each token"
         if cache.get_seq_length() == 0:
             self._tables.restore()
-        with self._running(self.model.decoder.head):
+        layers = nullcontext() if self.resident else self._layers_as(self._loaded_layer)
+        with self._running(self.model.decoder.embedding), layers:
             result = self._network(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         logits: Tensor = result.logits[:, -1]
         return logits
+
+    def _loaded_layer(self, index: int, hidden: Tensor, *by_position: Any, **by_name: Any) -> Tensor:
+        """A layer's own function, with its weights in memory; behind the last layer the head's are next."""
+        layer, decoder = self._layers[index], self.model.decoder
+        with self._running(decoder.layers[index].name):
+            result = type(layer).forward(layer, hidden, *by_position, **by_name)
+        if index == len(decoder.layers) - 1:
+            with self._running(decoder.head):
+                pass
+        left: Tensor = result[0] if self._in_tuples else result
+        return left
 
     def _module(self, name: str) -> Any:
         """The module that transformers has for one of ours."""
@@ -198,7 +212,10 @@ class Reference:
     def _load(self, part: str) -> None:
         module = self._module(part)
         prefix = their_name(self.model.arch, part)
-        values = {name: self._value(self._parameters[f"{prefix}.{name}"]) for name, _ in module.named_parameters()}
+        values = {
+            name: value if f"{prefix}.{name}" in self._streamed else self._value(self._parameters[f"{prefix}.{name}"])
+            for name, value in module.named_parameters()
+        }
         module.load_state_dict(values, assign=True)
         module.requires_grad_(False)
         self._filled[part] = module
@@ -207,7 +224,26 @@ class Reference:
         """A parameter of transformers' module, made of the model's weights, one of them in memory beside it."""
         return parameter.join(self._dense(name, parameter.weight_shape) for name in parameter.weights)
 
+    def _stream_large_tables(self) -> set[str]:
+        """Have embedding and head read a large table by rows; returns the module's names of such tables."""
+        streamed = set()
+        for part, stream in (
+            (self.model.decoder.embedding, look_up_rows),
+            (self.model.decoder.head, multiply_by_blocks),
+        ):
+            theirs = f"{their_name(self.model.arch, part)}.weight"
+            weight = self._weight(f"{part}.weight", self._parameters[theirs].weight_shape)
+            if is_large(weight, self.dtype):
+                stream(self._module(part), weight, self.dtype)
+                streamed.add(theirs)
+        return streamed
+
     def _dense(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        weight = self._weight(name, shape)
+        values = weight.load() if isinstance(weight, DenseWeight) else weight.dense()
+        return values.to(self.dtype)
+
+    def _weight(self, name: str, shape: tuple[int, ...]) -> Weight:
         name = self.model.weight_of(self.model.decoder.head) if name == f"{self.model.decoder.head}.weight" else name
         weight = self.model.weights.get(name)
         if weight is None:
@@ -217,7 +253,7 @@ class Reference:
                 f"{name} has shape {list(weight.shape)}, config.json asks for {list(shape)}",
                 hint="the checkpoint's config.json and its weights do not belong together",
             )
-        return weight.dense().to(self.dtype)
+        return weight
 
     def _quantize_activations(self) -> None:
         """Round what enters linears whose scheme says so, from now on."""

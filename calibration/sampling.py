@@ -5,8 +5,11 @@ good the model is: use KL divergence and agreement on it, not perplexity.
 """
 
 import hashlib
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,18 +21,21 @@ from llmopt.calibration.reference import Reference
 from llmopt.calibration.texts import SAMPLED, Tokens
 from llmopt.optimizer.cache import cache_root, digest_of, locked, publish
 from llmopt.optimizer.errors import InputError
-from llmopt.optimizer.model import Model
-from llmopt.optimizer.weight_store import save_tensors
+from llmopt.optimizer.model import DenseWeight, Model, Weight
+from llmopt.optimizer.weight_store import WeightStore, save_tensors
 
 __all__ = ["Purpose", "Sampling", "sample_tokens"]
 
 Purpose = Literal["evaluation", "calibration"]
 
-_VERSION = 1
+_VERSION = 2
 """Of the procedure below: a change that changes the text must change this number."""
 
 _BATCH = 64
 """Windows decoded together. A step reads all weights, so many short windows cost less than few long ones."""
+
+_RESIDENT_BYTES = 1 << 30
+"""A model up to this size is read once; a larger one again for each token, a layer at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +89,10 @@ def sample_tokens(
     directory = cache_root() / "samples" / digest_of(key)
     with locked(directory):
         if not directory.is_dir():
-            ids = _write(model, wanted, threads=threads, progress=progress)
             with publish(directory) as partial:
+                ready = _ready_to_decode(model, partial / "weights")
+                ids = _write(ready, wanted, threads=threads, progress=progress)
+                shutil.rmtree(partial / "weights", ignore_errors=True)
                 save_tensors({"ids": ids}, partial / "ids.safetensors")
         ids = load_file(directory / "ids.safetensors")["ids"]
     return Tokens(name=SAMPLED, ids=ids, digest=hashlib.sha256(ids.numpy().tobytes()).hexdigest())
@@ -92,7 +100,7 @@ def sample_tokens(
 
 def _write(model: Model, wanted: Sampling, *, threads: int | None, progress: Callable[[int, int], None]) -> Tensor:
     """The windows, int64 ``[windows, tokens]``."""
-    reference = Reference(model, threads=threads, resident=True, dtype=_dtype())
+    reference = Reference(model, threads=threads, resident=_stays_in_memory(model), dtype=_dtype())
     generator = wanted.generator
     first, ends = _first_token(model.config), _end_tokens(model.config)
     batches = []
@@ -111,6 +119,29 @@ def _write(model: Model, wanted: Sampling, *, threads: int | None, progress: Cal
             progress(done // _BATCH * wanted.tokens + step + 1, -(-wanted.windows // _BATCH) * wanted.tokens)
         batches.append(torch.stack(columns, dim=1))
     return torch.cat(batches)
+
+
+def _stays_in_memory(model: Model) -> bool:
+    """Whether the weights are few enough to be kept; otherwise each step reads them, as long as nothing else needs the
+    memory from the system's cache of the file.
+    """
+    return sum(prod(weight.shape) for weight in model.weights.values()) * _dtype().itemsize <= _RESIDENT_BYTES
+
+
+def _ready_to_decode(model: Model, directory: Path) -> Model:
+    """The model, its weights unpacked into ``directory`` where it is a large one in a GGUF file.
+
+    Each step would dequantize them again, which takes longer than everything else.
+    """
+    if _stays_in_memory(model) or not any(name.endswith(".gguf") for name in model.source.files):
+        return model
+    directory.mkdir()
+    store, dtype = WeightStore(directory), _dtype()
+    unpacked: dict[str, Weight] = {}
+    for name, weight in model.weights.items():
+        values = torch.cat([block.to(dtype) for block in weight.dense_blocks()])
+        unpacked |= store.keep({name: DenseWeight.of(values)})
+    return model.with_weights(unpacked)
 
 
 def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:

@@ -19,7 +19,7 @@ __all__ = ["DenseWeight", "Model", "QuantTensors", "QuantWeight", "RowLoader", "
 
 
 _BLOCK_BYTES = 32 << 20
-"""Of the float32 rows that ``dense_blocks`` yields at a time."""
+"""Of the rows read at a time, were they float32."""
 
 
 @runtime_checkable
@@ -61,10 +61,14 @@ class DenseWeight:
         """The rows ``first .. past_end - 1`` as stored."""
         return self._reader()(first, past_end)
 
-    def dense_blocks(self) -> Iterator[Tensor]:
-        """The values in float32, a few rows at a time: a large table need never be in memory whole."""
+    def blocks(self) -> Iterator[Tensor]:
+        """The tensor as stored, a few rows at a time: a large table need never be in memory whole."""
         read = self._reader()
-        yield from (read(*rows).to(torch.float32) for rows in _row_blocks(self.shape))
+        yield from (read(*rows) for rows in _row_blocks(self.shape))
+
+    def dense_blocks(self) -> Iterator[Tensor]:
+        """The values in float32, a few rows at a time."""
+        yield from (block.to(torch.float32) for block in self.blocks())
 
     def _reader(self) -> Callable[[int, int], Tensor]:
         if isinstance(self.load, RowLoader):

@@ -1,5 +1,7 @@
 """Sampled text: reproducible, cached, and distributed as the model says."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from llmopt.calibration import sampling
 from llmopt.calibration.reference import Reference
 from llmopt.calibration.sampling import Sampling, sample_tokens
 from llmopt.optimizer.errors import InputError
+from llmopt.optimizer.model import DenseWeight
 
 WANTED = Sampling("evaluation", windows=5, tokens=12)
 
@@ -52,8 +55,6 @@ def test_the_same_seed_gives_the_same_text_without_a_cache(model, monkeypatch, t
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"temperature": 0.5}, {"purpose": "calibration"}])
 def test_another_seed_temperature_or_purpose_gives_another_text(model, change):
-    from dataclasses import replace
-
     assert sample_tokens(model, WANTED).digest != sample_tokens(model, replace(WANTED, **change)).digest
 
 
@@ -119,6 +120,35 @@ def test_the_text_follows_the_model(pair_of):
     # Text is written in bfloat16 where that is fast, so near-ties may fall to the other token.
     best = (logits.max(-1).values - logits.gather(-1, ids[:, 1:, None])[..., 0]) < 0.1
     assert best.float().mean() > 0.95
+
+
+def test_a_large_model_writes_the_same_text_a_layer_at_a_time(model, monkeypatch, tmp_path):
+    expected = sample_tokens(model, WANTED)
+    monkeypatch.setenv("LLMOPT_CACHE", str(tmp_path / "another"))
+    monkeypatch.setattr(sampling, "_RESIDENT_BYTES", 0)
+    kinds = []
+    monkeypatch.setattr(
+        sampling, "Reference", lambda *a, **options: kinds.append(options["resident"]) or Reference(*a, **options)
+    )
+    assert torch.equal(sample_tokens(model, WANTED).ids, expected.ids)
+    assert kinds == [False]
+
+
+def test_a_large_gguf_file_is_unpacked_once_and_nothing_of_it_is_left(model, monkeypatch, tmp_path):
+    reads = []
+
+    def counted(name, weight):
+        return DenseWeight(weight.shape, weight.dtype, lambda: reads.append(name) or weight.load())
+
+    expected = sample_tokens(model, WANTED)
+    monkeypatch.setenv("LLMOPT_CACHE", str(tmp_path / "another"))
+    monkeypatch.setattr(sampling, "_RESIDENT_BYTES", 0)
+    weights = {name: counted(name, weight) for name, weight in model.weights.items()}
+    packed = replace(model, weights=weights, source=replace(model.source, files={"it.gguf": "0"}))
+    assert torch.equal(sample_tokens(packed, WANTED).ids, expected.ids)
+    assert sorted(reads) == sorted(weights)
+    (directory,) = (path for path in (tmp_path / "another/samples").iterdir() if path.is_dir())
+    assert [path.name for path in directory.iterdir()] == ["ids.safetensors"]
 
 
 def test_windows_longer_than_the_context_are_refused(model):
