@@ -81,6 +81,25 @@ class Attention:
         """All linears in data order."""
         return (*self.inputs, self.output)
 
+    @property
+    def values_in(self) -> str:
+        """The linear that makes the values."""
+        name = self.packed or self.value
+        assert name is not None
+        return name
+
+    @property
+    def value_rows(self) -> tuple[tuple[int, int], ...]:
+        """The rows of ``values_in`` that make them, head by head, as (first, past the end)."""
+        size, group = self.head_dim, self.heads // self.kv_heads
+        if self.packed is None:
+            firsts = [head * size for head in range(self.kv_heads)]
+        elif self.packing == "parts":
+            firsts = [(self.heads + self.kv_heads + head) * size for head in range(self.kv_heads)]
+        else:
+            firsts = [(head * (group + 2) + group + 1) * size for head in range(self.kv_heads)]
+        return tuple((first, first + size) for first in firsts)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mlp:
@@ -155,13 +174,6 @@ class Layer:
     def linears(self) -> tuple[str, ...]:
         """All linears that may be quantized, in data order."""
         return (*self.attention.linears, *self.mlp.linears)
-
-    def norm_pairs(self) -> list[tuple[str, tuple[str, ...]]]:
-        """Each norm whose output only linears read, with those linears."""
-        if self.attention_in is not None and self.attention_in == self.mlp_in:
-            return [(self.attention_in.name, (*self.attention.inputs, *self.mlp.inputs))]
-        pairs = ((self.attention_in, self.attention.inputs), (self.mlp_in, self.mlp.inputs))
-        return [(norm.name, readers) for norm, readers in pairs if norm is not None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -155,16 +155,6 @@ def test_mixtral_normalizes_the_shares_of_its_experts():
     assert decoder.layers[0].mlp.experts[2][1] == "model.layers.0.block_sparse_moe.experts.2.w3"
 
 
-def test_each_norm_is_paired_with_the_linears_that_read_it():
-    pairs = described(llama.ARCH).layers[0].norm_pairs()
-    assert [(norm.rpartition(".")[2], len(readers)) for norm, readers in pairs] == [
-        ("input_layernorm", 3),
-        ("post_attention_layernorm", 2),
-    ]
-    shared = described(falcon.ARCH).layers[0].norm_pairs()
-    assert [(norm.rpartition(".")[2], len(readers)) for norm, readers in shared] == [("input_layernorm", 2)]
-
-
 def test_an_unknown_activation_is_refused_by_name():
     with pytest.raises(UnsupportedError, match=r"the activation 'mish' \(hidden_act in config.json\)") as caught:
         described(llama.ARCH, hidden_act="mish")
