@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from llmopt.calibration.texts import Tokens, read_tokens
+from llmopt.calibration.texts import read_tokens
 from llmopt.optimizer.model import Model
+from llmopt.optimizer.tokens import Tokens
 
 __all__ = ["plain_text", "tokens_of"]
 

@@ -18,10 +18,10 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from llmopt.calibration.reference import Reference
-from llmopt.calibration.texts import SAMPLED, Tokens
 from llmopt.optimizer.cache import cache_root, digest_of, locked, publish
 from llmopt.optimizer.errors import InputError
 from llmopt.optimizer.model import DenseWeight, Model, Weight
+from llmopt.optimizer.tokens import SAMPLED, Tokens
 from llmopt.optimizer.weight_store import WeightStore, save_tensors
 
 __all__ = ["Purpose", "Sampling", "sample_tokens"]

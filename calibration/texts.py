@@ -1,39 +1,15 @@
-"""Text as windows of tokens, which is how calibration and evaluation take it."""
+"""The beginning of a text file as windows of tokens, which is how evaluation takes it."""
 
 import hashlib
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor
 
 from llmopt.optimizer.errors import InputError
+from llmopt.optimizer.tokens import Tokens
 
-__all__ = ["SAMPLED", "Tokens", "read_tokens"]
-
-SAMPLED = "sampled"
-"""The name of text that was sampled from the source model."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tokens:
-    """Windows of one text.
-
-    Attributes:
-        name: The file as the user named it, or ``SAMPLED``.
-        ids: int64 ``[windows, tokens]``.
-        digest: sha256 of the file's contents, or of the ids when there is no file; hexadecimal.
-    """
-
-    name: str
-    ids: Tensor
-    digest: str
-
-    @property
-    def is_sampled(self) -> bool:
-        """Whether the source model wrote this text itself."""
-        return self.name == SAMPLED
+__all__ = ["read_tokens"]
 
 
 def read_tokens(path: Path, tokenizer_dir: Path, *, windows: int, tokens: int, name: str | None = None) -> Tokens:

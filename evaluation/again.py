@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmopt.calibration.sampling import Sampling, sample_tokens
-from llmopt.calibration.texts import Tokens, read_tokens
+from llmopt.calibration.texts import read_tokens
 from llmopt.evaluation.gates import gates_of, judge, texts_for
 from llmopt.evaluation.measure import measure
 from llmopt.optimizer.cache import cache_root
@@ -15,6 +15,7 @@ from llmopt.optimizer.manifest import Manifest, Measurement, Verdict
 from llmopt.optimizer.model import Model
 from llmopt.optimizer.progress import Progress
 from llmopt.optimizer.sources import load_model
+from llmopt.optimizer.tokens import Tokens
 from llmopt.runtime.backends.onnxruntime import open_backend
 
 __all__ = ["FILE_WINDOWS", "SAMPLED_WINDOWS", "Question", "Result", "evaluate"]

@@ -1,6 +1,5 @@
 """Which pass costs how much: a recipe's passes run one by one, and the model is measured behind each of them."""
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llmopt.calibration.sampling import Sampling, sample_tokens
-from llmopt.calibration.texts import Tokens, read_tokens
+from llmopt.calibration.texts import read_tokens
 from llmopt.evaluation.again import FILE_WINDOWS, SAMPLED_WINDOWS
 from llmopt.evaluation.graph_logits import graph_logits
 from llmopt.evaluation.pages import nats
@@ -26,6 +25,7 @@ from llmopt.optimizer.pipeline import each_pass
 from llmopt.optimizer.progress import Progress, Tick
 from llmopt.optimizer.recipe import Recipe
 from llmopt.optimizer.sources import load_model
+from llmopt.optimizer.tokens import Tokens
 
 __all__ = ["Bisection", "Kind", "Stage", "Step", "Text", "bisect"]
 
@@ -168,7 +168,7 @@ def bisect(
     """
     if text.data is not None and not text.data.is_file():
         raise InputError(f"there is no text {text.data}", hint="without --data, text is sampled from the model")
-    threads = recipe.resources.threads or len(os.sched_getaffinity(0))
+    threads = recipe.resources.thread_count
     torch.set_num_threads(threads)  # passes in the cache are found by it
     with progress.step("load the model"):
         model = load_model(recipe.model, cache=cache, base=recipe.base, offline=offline)

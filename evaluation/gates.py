@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from llmopt.calibration.sampling import Sampling, sample_tokens
-from llmopt.calibration.texts import SAMPLED, Tokens, read_tokens
+from llmopt.calibration.texts import read_tokens
 from llmopt.optimizer.errors import InputError
 from llmopt.optimizer.gates import Gate
 from llmopt.optimizer.manifest import GateResult, Measurement, Verdict
 from llmopt.optimizer.model import Model
+from llmopt.optimizer.tokens import SAMPLED, Tokens
 
 __all__ = ["gates_of", "judge", "texts_for"]
 

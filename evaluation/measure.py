@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from llmopt.calibration.reference import Reference
-from llmopt.calibration.texts import Tokens
 from llmopt.evaluation.distance import Distance
 from llmopt.optimizer.errors import InputError
 from llmopt.optimizer.manifest import Engine, Measurement
 from llmopt.optimizer.model import Model
+from llmopt.optimizer.tokens import Tokens
 from llmopt.runtime.backends.base import Backend
 
 __all__ = ["compare", "measure"]

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmopt.calibration.texts import SAMPLED
 from llmopt.evaluation.operators import KINDS, WHOLE, Effect, by_kind, effects_of, verification_of
 from llmopt.evaluation.pages import Segment, measured, megabytes, rendered, segments
 from llmopt.optimizer.manifest import Engine, GateResult, Layer, Manifest, Measurement, PassRecord
 from llmopt.optimizer.scheme import Scheme
+from llmopt.optimizer.tokens import SAMPLED
 
 __all__ = ["page", "summary", "write_report"]
 

@@ -1,6 +1,5 @@
 """``llmopt build`` as one path: recipe in, directory with engine, measurements and verdict out."""
 
-import os
 import resource
 import shutil
 from collections.abc import Iterator, Sequence
@@ -36,7 +35,7 @@ from llmopt.optimizer.recipe import Recipe
 from llmopt.optimizer.sources import load_model
 
 if TYPE_CHECKING:
-    from llmopt.calibration.texts import Tokens
+    from llmopt.optimizer.tokens import Tokens
 
 __all__ = ["build"]
 
@@ -67,7 +66,7 @@ def build(
     from llmopt.evaluation.report import write_report
 
     record = BuildRecord()
-    torch.set_num_threads(_threads(recipe))
+    torch.set_num_threads(recipe.resources.thread_count)
     with _exclusive(output, cache, force=force), publish(output.resolve()) as directory, _memory_limit(recipe):
         with record.step("load_model"):
             source = load_model(recipe.model, cache=cache, base=recipe.base, offline=offline)
@@ -183,7 +182,13 @@ def _export(
     engines, records = [], {}
     for item in recipe.export:
         with progress.step(f"export {item.name}") as tick:
-            context = PassContext(seed=recipe.seed, strict=recipe.strict, verify=recipe.verify, progress=tick)
+            context = PassContext(
+                seed=recipe.seed,
+                strict=recipe.strict,
+                verify=recipe.verify,
+                threads=recipe.resources.thread_count,
+                progress=tick,
+            )
             engine, graph_records = item.instance.export(model, directory, context)
         engines.append(engine)
         records[engine.path] = graph_records
@@ -203,7 +208,9 @@ def _texts(recipe: Recipe, gates: Sequence[Gate], source: Model, progress: Progr
     from llmopt.evaluation.gates import texts_for
 
     with progress.step("texts") as tick:
-        return texts_for(gates, source, base=recipe.base, seed=recipe.seed, threads=_threads(recipe), progress=tick)
+        return texts_for(
+            gates, source, base=recipe.base, seed=recipe.seed, threads=recipe.resources.thread_count, progress=tick
+        )
 
 
 def _measure(
@@ -224,7 +231,7 @@ def _measure(
 
     if not engines:
         return [], judge(recipe.accept, [])
-    threads = _threads(recipe)
+    threads = recipe.resources.thread_count
     if not texts:
         usual = Gate(metric="kl", max=0)
         fitting = usual.model_copy(update={"tokens": min(usual.tokens, engines[0].capacity)})
@@ -234,10 +241,6 @@ def _measure(
     with progress.step("measure") as tick:
         measurements = measure(source, backend, texts, threads=threads, progress=tick)
     return measurements, judge(recipe.accept, measurements)
-
-
-def _threads(recipe: Recipe) -> int:
-    return recipe.resources.threads or len(os.sched_getaffinity(0))
 
 
 def _versions() -> dict[str, str]:

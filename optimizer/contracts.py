@@ -4,10 +4,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
+from llmopt.optimizer.errors import PassError
 from llmopt.optimizer.scheme import Scheme
 from llmopt.optimizer.target import Target
 
@@ -16,8 +17,29 @@ if TYPE_CHECKING:
 
     from llmopt.optimizer.manifest import Engine, PassRecord
     from llmopt.optimizer.model import Model, Weight
+    from llmopt.optimizer.tokens import Tokens
 
-__all__ = ["Exporter", "GraphPass", "PassContext", "QuantPass", "WeightPass"]
+__all__ = ["CalibrationText", "Exporter", "GraphPass", "PassContext", "QuantPass", "WeightPass"]
+
+
+class CalibrationText(Protocol):
+    """The text that passes look at: known by its digest before any of it is read as tokens."""
+
+    @property
+    def digest(self) -> str:
+        """Of everything that determines the windows; hexadecimal."""
+
+    def tokens(self) -> "Tokens":
+        """The windows, made once."""
+
+
+def _no_calibration() -> "Tokens":
+    """Where nobody gave a pass any text.
+
+    Raises:
+        PassError: Always.
+    """
+    raise PassError("a pass asked for calibration text and was given none", hint="set needs_calibration in its class")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +50,10 @@ class PassContext:
         seed: The recipe's seed; the only source of randomness.
         strict: Whether a fallback is an error.
         verify: How thoroughly results are checked.
+        threads: Of every library that computes; None keeps the process's numbers.
+        calibration: Makes the calibration text, for passes that say ``needs_calibration``.
+        work: A directory for finished parts, such as layers: what a killed pass left in it is there when the same pass
+            runs on the same input again, and it is removed when the pass is done. None: nothing is kept.
         note: Records a fact in the manifest.
         fallback: Records that something less than asked for was done; raises under ``strict: true``.
         detail: Records one named value of the pass record, such as a count or a per-layer error.
@@ -39,6 +65,9 @@ class PassContext:
     seed: int = 0
     strict: bool = False
     verify: Literal["none", "quick", "full"] = "quick"
+    threads: int | None = None
+    calibration: "Callable[[], Tokens]" = _no_calibration
+    work: Path | None = None
     note: Callable[[str], None] = field(default=lambda text: None)
     fallback: Callable[[str], None] = field(default=lambda text: None)
     detail: Callable[[str, Any], None] = field(default=lambda name, value: None)
@@ -54,6 +83,9 @@ class _Options(BaseModel, ABC):
 
 class WeightPass(_Options):
     """One step of a recipe: a model in, a model out."""
+
+    needs_calibration: ClassVar[bool] = False
+    """Whether the pass looks at text; its result then depends on that text too."""
 
     def requires(self, model: "Model") -> None:
         """Raise ``PassError`` when ``model`` cannot be given to this pass. Cheap: no tensor is read."""

@@ -2,8 +2,10 @@
 
 import os
 import platform
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -12,11 +14,11 @@ import torch
 from safetensors import SafetensorError
 
 from llmopt.optimizer.cache import digest_of, locked, publish, sources_digest
-from llmopt.optimizer.contracts import PassContext
+from llmopt.optimizer.contracts import CalibrationText, PassContext
 from llmopt.optimizer.errors import LlmoptError, PassError, is_out_of_memory
 from llmopt.optimizer.manifest import PassRecord, sha256_of
 from llmopt.optimizer.model import Model
-from llmopt.optimizer.progress import Progress
+from llmopt.optimizer.progress import Progress, Tick
 from llmopt.optimizer.recipe import NamedPass, Recipe
 from llmopt.optimizer.records import Recorder, refused_fallback
 from llmopt.optimizer.weight_store import WeightStore, read_weights
@@ -26,8 +28,10 @@ __all__ = ["each_pass", "run_passes"]
 _RECORD = "record.json"
 
 
-def run_passes(model: Model, recipe: Recipe, *, cache: Path, progress: Progress) -> tuple[Model, list[PassRecord]]:
-    """Apply the recipe's passes.
+def run_passes(
+    model: Model, recipe: Recipe, *, cache: Path, progress: Progress, calibration: CalibrationText | None = None
+) -> tuple[Model, list[PassRecord]]:
+    """Apply the recipe's passes; see ``each_pass``.
 
     Returns:
         The model, its changed weights memory-mapped from the cache, and a record per pass.
@@ -36,18 +40,28 @@ def run_passes(model: Model, recipe: Recipe, *, cache: Path, progress: Progress)
         PassError: A pass refuses the model, fails, or falls back under ``strict``.
     """
     records: list[PassRecord] = []
-    for behind, record in each_pass(model, recipe, cache=cache, progress=progress):
+    for behind, record in each_pass(model, recipe, cache=cache, progress=progress, calibration=calibration):
         model = behind
         records.append(record)
     return model, records
 
 
-def each_pass(model: Model, recipe: Recipe, *, cache: Path, progress: Progress) -> Iterator[tuple[Model, PassRecord]]:
+def each_pass(
+    model: Model, recipe: Recipe, *, cache: Path, progress: Progress, calibration: CalibrationText | None = None
+) -> Iterator[tuple[Model, PassRecord]]:
     """Apply the recipe's passes one by one, each when the next item is asked for.
 
     A result is kept under the digest of everything that determines it: the input, the pass, its file and its options,
-    the seed, how it is verified, llmopt's own sources, threads and CPU features. So a changed option runs again from
-    there on, and a build that was killed continues behind the last finished pass.
+    the seed, how it is verified, llmopt's own sources, threads and CPU features, and for passes that look at text that
+    text. So a changed option runs again from there on, and a build that was killed continues behind the last finished
+    pass, or behind what that pass left in its work directory.
+
+    Args:
+        model: The source model.
+        recipe: Whose passes run.
+        cache: Where results are kept.
+        progress: Where steps are shown.
+        calibration: The text for passes that need some; None where no pass does.
 
     Yields:
         The model behind each pass, its changed weights memory-mapped from the cache, and the pass's record.
@@ -58,17 +72,56 @@ def each_pass(model: Model, recipe: Recipe, *, cache: Path, progress: Progress) 
     digest = model.source.digest
     for step in recipe.passes:
         step.instance.requires(model)
-        digest = digest_of([digest, *_identity(step), recipe.seed, recipe.verify, *_surroundings()])
+        text = [_text_digest(step, calibration)] if step.instance.needs_calibration else []
+        digest = digest_of([digest, *_identity(step), *text, recipe.seed, recipe.verify, *_surroundings()])
         directory = cache / "passes" / digest
         with progress.step(step.name) as tick, locked(directory):
             if not _is_finished(directory):
-                with publish(directory) as partial:
-                    _run(step, model, partial, recipe, PassContext(progress=tick))
+                with _work(directory) as work, publish(directory) as partial:
+                    _run(step, model, partial, recipe, _context(step, work, tick, calibration))
+            shutil.rmtree(_work_of(directory), ignore_errors=True)
             model, record = model.with_weights(read_weights(directory)), _read_record(directory)
         if recipe.strict and record.fallbacks:
             raise refused_fallback(record.name, record.fallbacks[0])
         _tell(record, progress)
         yield model, record
+
+
+def _text_digest(step: NamedPass, calibration: CalibrationText | None) -> str:
+    """What a pass that looks at text depends on besides its options.
+
+    Raises:
+        PassError: There is no text.
+    """
+    if calibration is None:
+        raise PassError(f"{step.name} looks at calibration text, and there is none")
+    return calibration.digest
+
+
+def _context(step: NamedPass, work: Path, tick: Tick, calibration: CalibrationText | None) -> PassContext:
+    """What a pass is handed, but for what its recipe and its record add."""
+    context = PassContext(progress=tick, work=work)
+    if calibration is None or not step.instance.needs_calibration:
+        return context
+    return replace(context, calibration=calibration.tokens)
+
+
+def _work_of(directory: Path) -> Path:
+    """The work directory of the pass whose result becomes ``directory``."""
+    return directory.with_name(f"{directory.name}.work")
+
+
+@contextmanager
+def _work(directory: Path) -> Iterator[Path]:
+    """Yield a work directory that outlives an exception and the end of the process, unless it is empty."""
+    work = _work_of(directory)
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        yield work
+    except BaseException:
+        with suppress(OSError):
+            work.rmdir()
+        raise
 
 
 def _is_finished(directory: Path) -> bool:
@@ -95,6 +148,7 @@ def _run(step: NamedPass, model: Model, directory: Path, recipe: Recipe, context
         seed=recipe.seed,
         strict=recipe.strict,
         verify=recipe.verify,
+        threads=recipe.resources.thread_count,
         note=recorder.note,
         fallback=recorder.fallback,
         detail=recorder.detail,

@@ -42,6 +42,11 @@ class Resources(_Part):
     max_ram_gb: float | None = Field(None, gt=0, description="Memory limit in GB; omitted: all there is.")
     threads: PositiveInt | None = Field(None, description="Threads; omitted: one per core.")
 
+    @property
+    def thread_count(self) -> int:
+        """``threads``, or the number of cores this process may use."""
+        return self.threads or len(os.sched_getaffinity(0))
+
 
 def _is_exactly_1(value: object) -> object:
     """Also refuses ``true`` and ``1.0``, which Python holds equal to 1."""

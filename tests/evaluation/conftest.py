@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from llmopt.calibration.reference import Reference
-from llmopt.calibration.texts import Tokens
 from llmopt.optimizer.manifest import Engine
 from llmopt.optimizer.model import Model
+from llmopt.optimizer.tokens import Tokens
 
 
 class ReferenceBackend:

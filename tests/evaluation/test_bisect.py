@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from llmopt.calibration.reference import Reference
-from llmopt.calibration.texts import Tokens
 from llmopt.evaluation import bisect as module
 from llmopt.evaluation.bisect import Bisection, Stage, Step, Text, bisect
 from llmopt.evaluation.distance import kl_divergence
@@ -23,6 +22,7 @@ from llmopt.optimizer.model import Model
 from llmopt.optimizer.progress import Silent
 from llmopt.optimizer.recipe import Recipe
 from llmopt.optimizer.target import TARGETS
+from llmopt.optimizer.tokens import Tokens
 
 SHORT = Text(windows=4, tokens=24)
 

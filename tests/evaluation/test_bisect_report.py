@@ -6,9 +6,9 @@ import re
 import pytest
 import torch
 
-from llmopt.calibration.texts import Tokens
 from llmopt.evaluation.bisect import Bisection, Step
 from llmopt.evaluation.bisect_report import bisection_facts, bisection_page, longest_bar, shares
+from llmopt.optimizer.tokens import Tokens
 
 
 @pytest.fixture

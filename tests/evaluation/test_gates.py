@@ -2,11 +2,11 @@
 
 import pytest
 
-from llmopt.calibration.texts import SAMPLED
 from llmopt.evaluation.gates import gates_of, judge, texts_for
 from llmopt.optimizer.errors import InputError
 from llmopt.optimizer.gates import Gate
 from llmopt.optimizer.manifest import Measurement
+from llmopt.optimizer.tokens import SAMPLED
 
 SIZE = {"windows": 8, "tokens": 1024}
 

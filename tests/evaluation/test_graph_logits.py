@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from llmopt.calibration.reference import Reference
-from llmopt.calibration.texts import Tokens
 from llmopt.evaluation import graph_logits as module
 from llmopt.evaluation.graph_logits import graph_logits
 from llmopt.exporters.onnx.lowering import stages
@@ -13,6 +12,7 @@ from llmopt.exporters.onnx.standard import standard_graph
 from llmopt.optimizer.errors import VerificationError
 from llmopt.optimizer.model import Model
 from llmopt.optimizer.target import TARGETS
+from llmopt.optimizer.tokens import Tokens
 
 
 @pytest.fixture

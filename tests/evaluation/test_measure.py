@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from llmopt.calibration.reference import Reference
-from llmopt.calibration.texts import SAMPLED
 from llmopt.evaluation.measure import compare, measure
 from llmopt.optimizer.errors import InputError
 from llmopt.optimizer.model import QuantWeight
 from llmopt.optimizer.scheme import PRESETS
+from llmopt.optimizer.tokens import SAMPLED
 
 
 def values(measurements):

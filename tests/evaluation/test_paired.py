@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from llmopt.calibration.reference import Reference
-from llmopt.calibration.texts import Tokens
 from llmopt.evaluation.distance import Distance
 from llmopt.evaluation.paired import Agreement, Yardstick, model_logits
 from llmopt.optimizer.model import DenseWeight, Model
+from llmopt.optimizer.tokens import Tokens
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +13,10 @@ from llmopt.optimizer.contracts import WeightPass
 from llmopt.optimizer.errors import PassError, UnsupportedError
 from llmopt.optimizer.model import DenseWeight, Model
 from llmopt.optimizer.pipeline import each_pass, run_passes
-from llmopt.optimizer.progress import Progress, Silent
+from llmopt.optimizer.progress import Silent
 from llmopt.optimizer.recipe import NamedPass, Recipe
 from llmopt.optimizer.sources import load_model
+from llmopt.optimizer.tokens import Tokens
 
 NORM = "model.norm.weight"
 CALLS: list[str] = []
@@ -107,6 +108,47 @@ class NeedsOnes(WeightPass):
         return model
 
 
+class Read(WeightPass):
+    """Says how many tokens of calibration text it was given."""
+
+    needs_calibration = True
+
+    def run(self, model, context):
+        CALLS.append("read")
+        context.detail("tokens", context.calibration().count)
+        return model
+
+
+class ReadUnasked(WeightPass):
+    """Reads calibration text without saying that it needs some."""
+
+    def run(self, model, context):
+        context.calibration()
+        return model
+
+
+class ByLayers(WeightPass):
+    """Leaves a finished layer in its work directory, and is killed before the second one."""
+
+    def run(self, model, context):
+        if not (context.work / "0").exists():
+            (context.work / "0").write_text("done")
+            CALLS.append("layer 0")
+            raise KeyboardInterrupt
+        CALLS.append("layer 1")
+        return model
+
+
+@dataclass(frozen=True)
+class SomeText:
+    """Calibration text of a name."""
+
+    digest: str
+
+    def tokens(self) -> Tokens:
+        return Tokens("some.txt", torch.zeros(2, 3, dtype=torch.int64), self.digest, lengths=torch.tensor([3, 1]))
+
+
 @pytest.fixture(autouse=True)
 def _no_calls() -> Iterator[None]:
     CALLS.clear()
@@ -123,10 +165,11 @@ def model(tiny_llama: Path, tmp_path: Path) -> Model:
 def run(model: Model, tmp_path: Path):
     """Runs passes on the tiny model; keywords change the recipe."""
 
-    def run_(*passes: WeightPass, progress: Progress | None = None, model: Model = model, **changes):
+    def run_(*passes: WeightPass, progress=None, model: Model = model, calibration=None, **changes):
         steps = tuple(NamedPass(type(each).__name__.lower(), each) for each in passes)
         recipe = Recipe(version=1, model="m", passes=steps, export=(), base=tmp_path, **changes)
-        return run_passes(model, recipe, cache=tmp_path / "cache", progress=progress or Silent())
+        shown = progress or Silent()
+        return run_passes(model, recipe, cache=tmp_path / "cache", progress=shown, calibration=calibration)
 
     return run_
 
@@ -233,6 +276,36 @@ def test_a_pass_of_another_distribution_runs_again_when_its_file_changed(
     monkeypatch.setattr(type(note), "run", lambda self, model, context: calls.append("ran") or model)
     run(note)
     assert calls == ["ran"]
+
+
+def test_only_a_pass_that_reads_text_depends_on_it(run) -> None:
+    _, (_, record) = run(Scale(), Read(), calibration=SomeText("a"))
+    assert record.details == {"tokens": 4}
+    run(Scale(), Read(), calibration=SomeText("a"))
+    assert CALLS == ["scale 2", "read"]
+    run(Scale(), Read(), calibration=SomeText("b"))
+    assert CALLS == ["scale 2", "read", "read"]
+
+
+def test_without_text_a_pass_that_needs_some_is_refused(run) -> None:
+    with pytest.raises(PassError, match="read looks at calibration text, and there is none"):
+        run(Read())
+
+
+def test_a_pass_that_does_not_say_it_reads_text_is_given_none(run) -> None:
+    with pytest.raises(PassError, match="asked for calibration text") as caught:
+        run(ReadUnasked(), calibration=SomeText("a"))
+    assert "needs_calibration" in caught.value.hint
+
+
+def test_a_killed_pass_finds_its_finished_layers_again(run, entries) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(ByLayers())
+    assert [path.suffix for path in entries()] == [".work"]
+    run(Scale())
+    run(ByLayers())
+    assert CALLS == ["layer 0", "scale 2", "layer 1"]
+    assert [path for path in entries() if path.suffix == ".work"] == []
 
 
 def test_records_hold_what_a_pass_said(run) -> None:
