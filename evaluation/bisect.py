@@ -11,6 +11,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from llmopt.calibration.same_function import verify_same_function
 from llmopt.calibration.sampling import Sampling, sample_tokens
 from llmopt.calibration.texts import read_tokens
 from llmopt.evaluation.again import FILE_WINDOWS, SAMPLED_WINDOWS
@@ -218,7 +219,8 @@ def _runs(
 ) -> Iterator[_Run]:
     """Every execution of the recipe's model, made when it is asked for."""
     behind = model
-    for behind, record in each_pass(model, recipe, cache=cache, progress=progress):
+    passes = each_pass(model, recipe, cache=cache, progress=progress, verifier=verify_same_function)
+    for behind, record in passes:
         logits = partial(model_logits, behind, ids, threads=threads)
         yield _Run(record.name, "weight pass", record.changed, None, logits)
     for stage in stages(behind):

@@ -63,6 +63,7 @@ def build(
         InputError: ``output`` exists, or is being written by another process; or the model cannot be read.
         PassError, UnsupportedError, VerificationError, ResourceError: As their names say.
     """
+    from llmopt.calibration.same_function import verify_same_function
     from llmopt.evaluation.report import write_report
 
     record = BuildRecord()
@@ -74,7 +75,7 @@ def build(
         with record.step("texts"):
             texts = _texts(recipe, recipe.accept, source, progress)
         with record.step("passes"):
-            model, passes = run_passes(source, recipe, cache=cache, progress=progress)
+            model, passes = run_passes(source, recipe, cache=cache, progress=progress, verifier=verify_same_function)
         with record.step("export"):
             engines, graph_passes = _export(recipe, model, directory, progress)
             _copy_tokenizer(model, directory)

@@ -84,6 +84,9 @@ class _Options(BaseModel, ABC):
 class WeightPass(_Options):
     """One step of a recipe: a model in, a model out."""
 
+    keeps_function: ClassVar[bool] = False
+    """Whether the result computes what the input does, up to the rounding of float32; then it is verified."""
+
     needs_calibration: ClassVar[bool] = False
     """Whether the pass looks at text; its result then depends on that text too."""
 

@@ -4,7 +4,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import version
@@ -23,13 +23,22 @@ from llmopt.optimizer.recipe import NamedPass, Recipe
 from llmopt.optimizer.records import Recorder, refused_fallback
 from llmopt.optimizer.weight_store import WeightStore, read_weights
 
-__all__ = ["each_pass", "run_passes"]
+__all__ = ["Verifier", "each_pass", "run_passes"]
 
 _RECORD = "record.json"
 
+Verifier = Callable[..., Mapping[str, float]]
+"""``calibration.same_function.verify_same_function``, which is out of this folder's reach."""
+
 
 def run_passes(
-    model: Model, recipe: Recipe, *, cache: Path, progress: Progress, calibration: CalibrationText | None = None
+    model: Model,
+    recipe: Recipe,
+    *,
+    cache: Path,
+    progress: Progress,
+    verifier: Verifier,
+    calibration: CalibrationText | None = None,
 ) -> tuple[Model, list[PassRecord]]:
     """Apply the recipe's passes; see ``each_pass``.
 
@@ -38,16 +47,24 @@ def run_passes(
 
     Raises:
         PassError: A pass refuses the model, fails, or falls back under ``strict``.
+        VerificationError: A pass that must keep the function does not.
     """
     records: list[PassRecord] = []
-    for behind, record in each_pass(model, recipe, cache=cache, progress=progress, calibration=calibration):
+    steps = each_pass(model, recipe, cache=cache, progress=progress, verifier=verifier, calibration=calibration)
+    for behind, record in steps:
         model = behind
         records.append(record)
     return model, records
 
 
 def each_pass(
-    model: Model, recipe: Recipe, *, cache: Path, progress: Progress, calibration: CalibrationText | None = None
+    model: Model,
+    recipe: Recipe,
+    *,
+    cache: Path,
+    progress: Progress,
+    verifier: Verifier,
+    calibration: CalibrationText | None = None,
 ) -> Iterator[tuple[Model, PassRecord]]:
     """Apply the recipe's passes one by one, each when the next item is asked for.
 
@@ -61,6 +78,7 @@ def each_pass(
         recipe: Whose passes run.
         cache: Where results are kept.
         progress: Where steps are shown.
+        verifier: Compares the models before and after a pass that keeps the function.
         calibration: The text for passes that need some; None where no pass does.
 
     Yields:
@@ -68,6 +86,7 @@ def each_pass(
 
     Raises:
         PassError: A pass refuses the model, fails, or falls back under ``strict``.
+        VerificationError: A pass that must keep the function does not; nothing of its result is kept.
     """
     digest = model.source.digest
     for step in recipe.passes:
@@ -78,7 +97,7 @@ def each_pass(
         with progress.step(step.name) as tick, locked(directory):
             if not _is_finished(directory):
                 with _work(directory) as work, publish(directory) as partial:
-                    _run(step, model, partial, recipe, _context(step, work, tick, calibration))
+                    _run(step, model, partial, recipe, _context(step, work, tick, calibration), verifier)
             shutil.rmtree(_work_of(directory), ignore_errors=True)
             model, record = model.with_weights(read_weights(directory)), _read_record(directory)
         if recipe.strict and record.fallbacks:
@@ -138,7 +157,9 @@ def _read_record(directory: Path) -> PassRecord:
     return PassRecord.model_validate_json((directory / _RECORD).read_text(encoding="utf-8"))
 
 
-def _run(step: NamedPass, model: Model, directory: Path, recipe: Recipe, context: PassContext) -> None:
+def _run(
+    step: NamedPass, model: Model, directory: Path, recipe: Recipe, context: PassContext, verifier: Verifier
+) -> None:
     """Run one pass and leave its changed weights and its record in ``directory``."""
     options = step.instance.model_dump(mode="json", exclude_none=True)
     recorder = Recorder(step.name, options, strict=recipe.strict)
@@ -159,7 +180,9 @@ def _run(step: NamedPass, model: Model, directory: Path, recipe: Recipe, context
         _refuse_losses(step.name, model, result)
         for name, weight in result.weights.items():
             if weight is not model.weights.get(name) and not store.holds(name, weight):
-                store.keep({name: weight})
+                result = result.with_weights(store.keep({name: weight}))
+        if step.instance.keeps_function and result is not model and recipe.verify != "none":
+            recorder.detail("verification", verifier(step.name, model, result, level=recipe.verify, seed=recipe.seed))
     except (LlmoptError, OSError):
         raise
     except Exception as error:

@@ -68,7 +68,9 @@ class Settings(_Part):
     )
     accept: tuple[Gate, ...] = Field((), description="Gates: a build that misses one is rejected.")
     verify: Literal["none", "quick", "full"] = Field(
-        "quick", description="How thoroughly the lowered graph is checked against the standard one, layer by layer."
+        "quick",
+        description="How thoroughly weight passes that keep the function, and the lowered graph, are checked against "
+        "what was before them, layer by layer.",
     )
     strict: bool = Field(False, description="Whether a fallback is an error instead of a note.")
     resources: Resources = Field(default_factory=Resources, description="Limits on memory and threads.")

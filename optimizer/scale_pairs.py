@@ -17,7 +17,7 @@ from llmopt.optimizer.decoder import Experts, Layer, Mlp, Norm
 from llmopt.optimizer.errors import PassError
 from llmopt.optimizer.model import DenseWeight, Model, Weight
 
-__all__ = ["ScalePair", "layer_pairs", "scale_pairs", "scaled"]
+__all__ = ["ScalePair", "head_pairs", "layer_pairs", "scale_pairs", "scaled"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,13 +56,8 @@ class ScalePair:
 
 
 def scale_pairs(model: Model) -> list[ScalePair]:
-    """All pairs in data order, behind those of the layers that of the final norm with an untied head."""
-    pairs = [pair for index in range(model.num_layers) for pair in layer_pairs(model, index)]
-    decoder = model.decoder
-    reader = decoder.project_out or (None if model.is_tied else decoder.head)
-    if decoder.final_norm is not None and reader is not None:
-        pairs.append(_norm_pair(model, decoder.final_norm, (reader,)))
-    return pairs
+    """All pairs in data order."""
+    return [*(pair for index in range(model.num_layers) for pair in layer_pairs(model, index)), *head_pairs(model)]
 
 
 def layer_pairs(model: Model, index: int) -> list[ScalePair]:
@@ -80,6 +75,13 @@ def layer_pairs(model: Model, index: int) -> list[ScalePair]:
     elif (name := _scalable_up(layer.mlp)) is not None:
         pairs.append(_up_pair(model, name, layer.mlp.down, packed=name == layer.mlp.packed))
     return pairs
+
+
+def head_pairs(model: Model) -> list[ScalePair]:
+    """That of the final norm with the linear behind it; none where the head's table is the embedding's too."""
+    decoder = model.decoder
+    reader = decoder.project_out or (None if model.is_tied else decoder.head)
+    return [] if decoder.final_norm is None or reader is None else [_norm_pair(model, decoder.final_norm, (reader,))]
 
 
 def scaled(model: Model, pair: ScalePair, scale: Tensor) -> dict[str, DenseWeight]:

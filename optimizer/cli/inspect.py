@@ -156,6 +156,9 @@ def _print_passes(manifest: "Manifest", console: "Console") -> None:
         if differences:
             value, layer, name = max(differences)
             notes.append(f"{len(verified)} layers; largest difference {value:.2g}: {layer}, {name}")
+        if kept := record.details.get("verification"):
+            part = max(kept, key=kept.__getitem__)
+            notes.append(f"keeps the function: {len(kept)} parts; largest difference {kept[part]:.2g}: {part}")
         applied = str(record.details.get("applied", "yes" if record.changed else ""))
         table.add_row(record.name, applied, "\n".join(notes))
     console.print(table)

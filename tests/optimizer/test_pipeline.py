@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from llmopt.calibration.same_function import verify_same_function
 from llmopt.optimizer import pipeline
 from llmopt.optimizer.contracts import WeightPass
-from llmopt.optimizer.errors import PassError, UnsupportedError
+from llmopt.optimizer.errors import PassError, UnsupportedError, VerificationError
 from llmopt.optimizer.model import DenseWeight, Model
 from llmopt.optimizer.pipeline import each_pass, run_passes
 from llmopt.optimizer.progress import Silent
@@ -96,6 +97,12 @@ class Lose(WeightPass):
         return replace(model, config={**model.config, "rms_norm_eps": 1.0})
 
 
+class Claim(Scale):
+    """Says of any factor that the function stays the same."""
+
+    keeps_function = True
+
+
 class NeedsOnes(WeightPass):
     """Only takes a model whose last norm is one."""
 
@@ -168,8 +175,14 @@ def run(model: Model, tmp_path: Path):
     def run_(*passes: WeightPass, progress=None, model: Model = model, calibration=None, **changes):
         steps = tuple(NamedPass(type(each).__name__.lower(), each) for each in passes)
         recipe = Recipe(version=1, model="m", passes=steps, export=(), base=tmp_path, **changes)
-        shown = progress or Silent()
-        return run_passes(model, recipe, cache=tmp_path / "cache", progress=shown, calibration=calibration)
+        return run_passes(
+            model,
+            recipe,
+            cache=tmp_path / "cache",
+            progress=progress or Silent(),
+            verifier=verify_same_function,
+            calibration=calibration,
+        )
 
     return run_
 
@@ -212,7 +225,8 @@ def test_what_a_pass_returns_counts_more_than_what_it_kept(run) -> None:
 def test_each_pass_runs_when_the_model_behind_it_is_asked_for(model: Model, tmp_path: Path) -> None:
     steps = tuple(NamedPass("scale", Scale(factor=factor)) for factor in (2, 5))
     recipe = Recipe(version=1, model="m", passes=steps, export=(), base=tmp_path)
-    behind = each_pass(model, recipe, cache=tmp_path / "cache", progress=Silent())
+    cache = tmp_path / "cache"
+    behind = each_pass(model, recipe, cache=cache, progress=Silent(), verifier=verify_same_function)
     assert CALLS == []
     first, record = next(behind)
     assert CALLS == ["scale 2"]
@@ -389,6 +403,22 @@ def test_what_would_be_lost_between_passes_is_refused(run, entries, what: str, s
     with pytest.raises(PassError, match=f"lose {said}"):
         run(Lose(what=what))
     assert entries() == []
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_pass_that_only_claims_to_keep_the_function_is_found_out_and_leaves_nothing(run, entries, keep: bool) -> None:
+    with pytest.raises(VerificationError, match="claim changes what the model computes: embedding and head"):
+        run(Claim(factor=1.01, keep=keep))
+    assert entries() == []
+    run(Claim(factor=1.01, keep=keep), verify="none")
+
+
+def test_how_far_the_model_behind_a_pass_is_from_the_one_before_is_recorded(run) -> None:
+    for _ in range(2):
+        _, (record, other) = run(Claim(factor=1), Scale(factor=1))
+        assert list(record.details["verification"].values()) == [0.0] * 4
+        assert other.details == {}
+    assert CALLS == ["scale 1", "scale 1"]
 
 
 @pytest.mark.parametrize("name", ["record.json", "weights.json", "00000.safetensors"])

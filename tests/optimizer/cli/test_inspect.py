@@ -115,6 +115,15 @@ def test_notes_and_fallbacks_are_shown_as_they_were_written(inspect, copy: Path)
     assert ["", "", "weights are [out, in]"] in rows(shown)
 
 
+def test_how_well_a_pass_kept_the_function_is_shown(inspect, copy: Path) -> None:
+    found = {"embedding and head": 0.0, "model.layers.0": 2e-6, "model.layers.2": 1e-6}
+    record = PassRecord(name="rescale", changed=True, details={"verification": found})
+    Manifest.load(copy).model_copy(update={"passes": [record]}).save(copy)
+    _, shown, _ = inspect(copy)
+    notes = " ".join(row[-1] for row in rows(shown))
+    assert "keeps the function: 3 parts; largest difference 2e-06: model.layers.0" in notes
+
+
 @pytest.fixture
 def with_operators(copy: Path) -> Path:
     """A copy of the build whose engine of 3 layers went through two passes that counted operators."""
