@@ -1,6 +1,7 @@
 """Measures what each recipe loses against its source model: perplexity, KL divergence and top-1 agreement."""
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from llmopt.benchmarks.builds import DEFAULT_MODEL, RECIPES, build, source_model
@@ -42,8 +43,8 @@ def main() -> None:
         model = source_model(directory)
         tokens = tokens_of(text, model, windows=arguments.windows, tokens=arguments.tokens)
         engine = Manifest.load(directory).engines[0]
-        backend = open_backend(directory, engine, slots=1, capacity=arguments.tokens, threads=arguments.threads)
-        measured = measure(model, backend, [tokens], threads=arguments.threads)
+        opener = partial(open_backend, directory, engine, slots=1, capacity=arguments.tokens, threads=arguments.threads)
+        measured = measure(model, opener, [tokens], threads=arguments.threads)
         rows.append(row(recipe.stem, {each.metric: each for each in measured}))
         data.append({"recipe": recipe.name, "measurements": [each.model_dump(mode="json") for each in measured]})
     header = ["recipe", "perplexity of the source", "of the engine", "change", "KL, nats/token", "same top-1"]

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from llmopt.calibration.sampling import Sampling, sample_tokens
@@ -81,9 +82,11 @@ def evaluate(directory: Path, question: Question, progress: Progress) -> Result:
     texts = _texts(gates, model, manifest, question, progress)
     engine = manifest.engines[0]
     longest = max(text.ids.shape[1] for text in texts)
-    backend = open_backend(directory, engine, slots=1, capacity=min(longest, engine.capacity), threads=question.threads)
+    opener = partial(
+        open_backend, directory, engine, slots=1, capacity=min(longest, engine.capacity), threads=question.threads
+    )
     with progress.step("measure") as tick:
-        measurements = measure(model, backend, texts, threads=question.threads, progress=tick)
+        measurements = measure(model, opener, texts, threads=question.threads, progress=tick)
     return Result(measurements, judge(gates, measurements), not_judged, _changed_texts(manifest, measurements))
 
 

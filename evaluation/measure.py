@@ -23,7 +23,7 @@ _ROWS = 128
 
 def measure(
     model: Model,
-    backend: Backend,
+    open_engine: Callable[[], Backend],
     texts: Sequence[Tokens],
     *,
     threads: int | None = None,
@@ -33,7 +33,8 @@ def measure(
 
     Args:
         model: The source model; run in float32, one layer in memory at a time.
-        backend: The build's engine; slot 0 is used.
+        open_engine: Opens the build's engine, of which slot 0 is used. Called when the source has left its layers: the
+            engine and a layer of a large model together are more than either.
         texts: What to measure on.
         threads: PyTorch threads; None keeps the process's number.
         progress: Called with (finished, total) units of about equal time.
@@ -46,25 +47,38 @@ def measure(
     """
     if not texts:
         raise InputError("there is nothing to measure on: no text is given")
+    # A layer of the source and a window of the engine and both heads are about equal work.
+    total = sum(model.num_layers + len(text.ids) for text in texts)
+    steps = iter(range(1, total + 1))
+
+    def step(*_: int) -> None:
+        progress(next(steps), total)
+
+    reference = Reference(model, threads=threads)
+    states = [reference.hidden_states(text.ids, progress=step) for text in texts]
+    backend = open_engine()
     found: list[Measurement] = []
-    for number, text in enumerate(texts):
-
-        def tick(done: int, total: int, number: int = number) -> None:
-            progress(number * total + done, len(texts) * total)
-
-        found += _as_measurements(text, compare(model, backend, text.ids, threads=threads, progress=tick))
+    for text, hidden in zip(texts, states, strict=True):
+        found += _as_measurements(text, compare(reference, hidden, backend, text.ids, progress=step))
     return found
 
 
 def compare(
-    model: Model,
+    reference: Reference,
+    hidden: Tensor,
     backend: Backend,
     ids: Tensor,
     *,
-    threads: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Distance:
-    """Run both on windows int64 ``[n, t]``, each from its own beginning, and sum what lies between them.
+    """Run the engine on windows int64 ``[n, t]``, each from its own beginning, and sum what lies between both models.
+
+    Args:
+        reference: The source model.
+        hidden: What leaves its last layer, float32 ``[n, t, d]``.
+        backend: The engine.
+        ids: The windows.
+        progress: Called with (finished, total) windows.
 
     Raises:
         InputError: The windows are longer than the backend's slots.
@@ -74,10 +88,6 @@ def compare(
         raise InputError(
             f"windows have {tokens} tokens, the engine takes at most {backend.capacity}", hint="take shorter windows"
         )
-    reference = Reference(model, threads=threads)
-    # A layer of the source and a window of the engine and both heads are about equal work.
-    total = model.num_layers + windows
-    hidden = reference.hidden_states(ids, progress=lambda done, _: progress(done, total))
     distance = Distance()
     for number in range(windows):
         for first, past_end in _chunks(tokens, backend.engine):
@@ -86,7 +96,7 @@ def compare(
             logits = backend.prefill(0, piece, first, np.arange(len(piece)))
             distance.add(source, torch.from_numpy(logits), ids[number, first + 1 : past_end + 1])
         backend.drop(0)
-        progress(model.num_layers + number + 1, total)
+        progress(number + 1, windows)
     return distance
 
 

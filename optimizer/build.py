@@ -4,6 +4,7 @@ import resource
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,7 +28,7 @@ from llmopt.optimizer.manifest import (
     Verdict,
     sha256_of,
 )
-from llmopt.optimizer.model import Model
+from llmopt.optimizer.model import Model, QuantWeight
 from llmopt.optimizer.model_check import check_model
 from llmopt.optimizer.pipeline import run_passes
 from llmopt.optimizer.progress import Progress
@@ -41,6 +42,9 @@ __all__ = ["build"]
 
 _LIBRARIES = ("onnx", "onnx_ir", "onnxruntime", "onnxruntime-gpu", "onnxscript", "torch", "transformers")
 _NOT_LISTED = (MANIFEST_NAME, RECORD_NAME)
+
+_MEASURING_BYTES = 3 << 30
+"""Memory beside the engine's weights while it is measured: libraries, a layer of the source model, activations."""
 
 
 def build(
@@ -80,7 +84,7 @@ def build(
             engines, graph_passes = _export(recipe, model, directory, progress)
             _copy_tokenizer(model, directory)
         with record.step("measure"):
-            measurements, verdict = _measure(recipe, source, engines, texts, directory, progress)
+            measurements, verdict = _measure(recipe, source, model, engines, texts, directory, progress)
         manifest = Manifest(
             llmopt=version("llmopt"),
             versions=_versions(),
@@ -217,6 +221,7 @@ def _texts(recipe: Recipe, gates: Sequence[Gate], source: Model, progress: Progr
 def _measure(
     recipe: Recipe,
     source: Model,
+    model: Model,
     engines: list[Engine],
     texts: "list[Tokens]",
     directory: Path,
@@ -232,16 +237,32 @@ def _measure(
 
     if not engines:
         return [], judge(recipe.accept, [])
-    threads = recipe.resources.thread_count
+    threads, packed = recipe.resources.thread_count, _may_pack(recipe, model, directory)
+    if not packed:
+        progress.note("measuring with the weights as they lie in the file, since a packed copy exceeds max_ram_gb")
     if not texts:
         usual = Gate(metric="kl", max=0)
         fitting = usual.model_copy(update={"tokens": min(usual.tokens, engines[0].capacity)})
         texts = _texts(recipe, [fitting], source, progress)
     longest = max(text.ids.shape[1] for text in texts)
-    backend = open_backend(directory, engines[0], slots=1, capacity=longest, threads=threads)
+    engine = partial(open_backend, directory, engines[0], slots=1, capacity=longest, threads=threads, packed=packed)
     with progress.step("measure") as tick:
-        measurements = measure(source, backend, texts, threads=threads, progress=tick)
+        measurements = measure(source, engine, texts, threads=threads, progress=tick)
     return measurements, judge(recipe.accept, measurements)
+
+
+def _may_pack(recipe: Recipe, model: Model, directory: Path) -> bool:
+    """Whether ONNX Runtime may hold its packed copy of the weights beside the engine's own while it loads.
+
+    Where only integers are multiplied the numbers are the same without. Kernels of weight-only schemes compute others,
+    so such a build is measured as it is served, or fails at its limit.
+    """
+    limit = recipe.resources.max_ram_gb
+    quantized = [weight for weight in model.weights.values() if isinstance(weight, QuantWeight)]
+    if limit is None or any(weight.scheme.input_activations is None for weight in quantized):
+        return True
+    weights = sum(path.stat().st_size for path in (directory / "engine").iterdir())
+    return 2 * weights + _MEASURING_BYTES <= limit * 1e9
 
 
 def _versions() -> dict[str, str]:

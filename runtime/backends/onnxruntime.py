@@ -20,7 +20,9 @@ _KNOWN_FEATURES: frozenset[str] = frozenset()
 _IDS, _LENGTHS, _ROWS, _LOGITS = "input_ids", "past_lengths", "logit_rows", "logits"
 
 
-def open_backend(directory: Path, engine: Engine, *, slots: int, capacity: int, threads: int) -> "OnnxRuntimeBackend":
+def open_backend(
+    directory: Path, engine: Engine, *, slots: int, capacity: int, threads: int, packed: bool = True
+) -> "OnnxRuntimeBackend":
     """Load ``engine`` of the build in ``directory`` and allocate its pool.
 
     Args:
@@ -29,6 +31,8 @@ def open_backend(directory: Path, engine: Engine, *, slots: int, capacity: int, 
         slots: Sequences held at the same time.
         capacity: Tokens per slot, at most ``engine.capacity``.
         threads: Threads one run works with.
+        packed: Whether ONNX Runtime copies the weights into its kernels' own layout: faster, but both copies are in
+            memory while it loads. Without, integer kernels give the same bits; those of weight-only schemes do not.
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
@@ -43,11 +47,11 @@ def open_backend(directory: Path, engine: Engine, *, slots: int, capacity: int, 
         raise UnsupportedError(
             f"the engine needs what this llmopt does not know: {', '.join(unknown)}", hint="install a newer llmopt"
         )
-    session = _open_session(directory / engine.path, engine.target, threads)
+    session = _open_session(directory / engine.path, engine.target, threads, packed=packed)
     return OnnxRuntimeBackend(session, engine, slots=slots, capacity=capacity)
 
 
-def _open_session(path: Path, target: str, threads: int) -> Any:
+def _open_session(path: Path, target: str, threads: int, *, packed: bool) -> Any:
     try:
         import onnxruntime as ort
     except ModuleNotFoundError as error:
@@ -65,6 +69,7 @@ def _open_session(path: Path, target: str, threads: int) -> Any:
     options.add_session_config_entry("session.x64quantprecision", "1")
     # Between two runs the cores belong to the server; idle worker threads that spin would take them.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.add_session_config_entry("session.disable_prepacking", str(int(not packed)))
     try:
         return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except _ort_errors() as error:

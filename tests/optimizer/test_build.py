@@ -18,6 +18,7 @@ from llmopt.optimizer.gates import Gate
 from llmopt.optimizer.manifest import Manifest
 from llmopt.optimizer.progress import Silent
 from llmopt.optimizer.recipe import NamedPass, Recipe
+from llmopt.runtime.backends import onnxruntime
 
 GATE = {"metric": "kl", "max": 10, "windows": 2, "tokens": 32}
 IMPOSSIBLE = {"metric": "top1", "min": 1, "windows": 2, "tokens": 32}
@@ -315,6 +316,22 @@ def test_running_out_of_the_memory_allowed_names_the_limit(make, tmp_path: Path)
         make(during=fail(MemoryError()), resources={"threads": 1, "max_ram_gb": 64})
     assert isinstance(caught.value.__cause__, MemoryError)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "limit", "packed"), [("W8A8", 3.5, True), ("W8A8", 3.2, False), ("W8A16", 3.2, True)]
+)
+def test_weights_are_measured_unpacked_where_two_copies_exceed_the_limit_and_the_numbers_stay(
+    make, monkeypatch, scheme: str, limit: float, packed: bool
+) -> None:
+    asked = []
+    true = onnxruntime.open_backend
+    monkeypatch.setattr(onnxruntime, "open_backend", lambda *a, **o: asked.append(o["packed"]) or true(*a, **o))
+    passes = [{"round_to_nearest": {"scheme": scheme}}]
+    whole = make("out/whole", passes=passes)
+    limited = make("out/limited", passes=passes, resources={"max_ram_gb": limit})
+    assert asked == [True, packed]
+    assert limited.measurements == whole.measurements
 
 
 def test_the_memory_limit_ends_with_the_build(make) -> None:
