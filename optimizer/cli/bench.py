@@ -91,10 +91,11 @@ def command(
 
 def _print(speed: "Speed") -> None:
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(markup=False, highlight=False)
+    from llmopt.optimizer.cli._console import open_console
+
+    console = open_console()
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
     for name in ("shape", "tokens/s", "spread", "latency"):

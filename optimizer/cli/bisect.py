@@ -66,11 +66,10 @@ def command(
     if html is not None:
         html.write_text(bisection_page(found), encoding="utf-8")
 
-    from rich.console import Console
-
+    from llmopt.optimizer.cli._console import open_console
     from llmopt.optimizer.cli._tables import bisection_table
 
-    console = Console(highlight=False, markup=False, emoji=False)
+    console = open_console()
     console.print(bisection_table(found))
     console.print(found.conclusion, soft_wrap=True)
 

@@ -56,11 +56,10 @@ def command(
 
 def _show(manifest: "Manifest", output: Path) -> None:
     """The measurements and what to do next."""
-    from rich.console import Console
-
+    from llmopt.optimizer.cli._console import open_console
     from llmopt.optimizer.cli._tables import gates_table, measurements_table
 
-    console = Console(highlight=False, markup=False, emoji=False)
+    console = open_console()
     if manifest.measurements:
         console.print(measurements_table(manifest.measurements))
     if manifest.verdict.gates:

@@ -67,11 +67,10 @@ def command(
 
 
 def _print(result: "Result") -> None:
-    from rich.console import Console
-
+    from llmopt.optimizer.cli._console import open_console
     from llmopt.optimizer.cli._tables import gates_table, measurements_table
 
-    console = Console(markup=False, highlight=False)
+    console = open_console()
     console.print(measurements_table(result.measurements))
     if result.verdict.gates:
         console.print(gates_table(result.verdict))

@@ -34,9 +34,9 @@ def command(build: Path, every_layer: bool, graphs: bool, html: Path | None, ver
     if as_json:
         click.echo(manifest.model_dump_json(indent=1))
         return
-    from rich.console import Console
+    from llmopt.optimizer.cli._console import open_console
 
-    console = Console(highlight=False, markup=False, emoji=False)
+    console = open_console()
     if graphs:
         _print_graphs(manifest, console)
     elif html is None or every_layer:

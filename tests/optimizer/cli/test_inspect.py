@@ -124,6 +124,25 @@ def test_how_well_a_pass_kept_the_function_is_shown(inspect, copy: Path) -> None
     assert "keeps the function: 3 parts; largest difference 2e-06: model.layers.0" in notes
 
 
+@pytest.mark.parametrize("args", [["--layers"], ["--graph"]])
+def test_nothing_is_cut_or_folded_where_there_is_no_terminal(inspect, copy: Path, monkeypatch, args: list[str]) -> None:
+    """Eighty columns are what rich takes where it cannot ask."""
+    monkeypatch.setenv("COLUMNS", "80")
+    name, reason = f"fuse_{'long' * 30}", "words of a sentence " * 20
+    operators = {"before": {"Long" * 30: 1}, "after": {"com.microsoft::" + "Longer" * 30: 2}}
+    details = {"applied": 1, "declined": [reason.strip()], "operators": operators}
+    manifest = Manifest.load(copy)
+    layers = [layer.model_copy(update={"name": f"{'part.' * 30}{i}"}) for i, layer in enumerate(manifest.layers)]
+    records = {"engine/model.onnx": [PassRecord(name=name, changed=True, details=details)]}
+    manifest.model_copy(update={"layers": layers, "graph_passes": records}).save(copy)
+    code, shown, _ = inspect(copy, *args)
+    assert code == 0
+    assert "…" not in shown
+    whole = [name, reason.strip(), "com.microsoft::" + "Longer" * 30] if args == ["--graph"] else [layers[0].name, name]
+    for words in whole:
+        assert any(words in line for line in shown.splitlines()), words
+
+
 @pytest.fixture
 def with_operators(copy: Path) -> Path:
     """A copy of the build whose engine of 3 layers went through two passes that counted operators."""
