@@ -18,7 +18,7 @@ from llmopt.exporters.onnx.calls import CALLS, CAPACITY, run_calls
 from llmopt.exporters.onnx.divergence import first_divergence, relative_errors
 from llmopt.exporters.onnx.lowering import Stage, stages
 from llmopt.exporters.onnx.sessions import Sessions
-from llmopt.optimizer.decoder import Decoder, Experts, Layer
+from llmopt.optimizer.decoder import Decoder, Layer
 from llmopt.optimizer.errors import MissingExtraError, VerificationError
 from llmopt.optimizer.model import DenseWeight, Model, QuantWeight, Weight
 from llmopt.optimizer.target import Target
@@ -78,11 +78,12 @@ def _quick(model: Model) -> list[int]:
 
 
 def _kind(model: Model, layer: Layer) -> tuple[object, ...]:
-    """What decides how a layer is lowered."""
+    """What decides how a layer is lowered: its description without its number, its biases, its schemes."""
+    description = repr(replace(layer, name="")).replace(f"{layer.name}.", "")
+    biases = tuple(f"{name}.bias" in model.weights for name in layer.linears)
     weights = [model.weights[f"{name}.weight"] for name in layer.linears]
     schemes = frozenset(weight.scheme.name if isinstance(weight, QuantWeight) else None for weight in weights)
-    attention = layer.attention
-    return (attention.window, str(attention.rope), isinstance(layer.mlp, Experts), schemes)
+    return (description, biases, schemes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,8 +187,8 @@ def _single(decoder: Decoder, i: int) -> Decoder:
 def _small_vocabulary(model: Model) -> Model:
     """The model with the first rows of its tables: a lowering treats all rows alike, and they are most of the bytes."""
     size = min(_VOCABULARY, model.config["vocab_size"])
-    names = {f"{model.arch.embedding}.weight", model.weight_of(model.arch.head)}
-    first = {name: _first_rows(model.weights[name], size) for name in names}
+    names = {f"{model.arch.embedding}.weight", model.weight_of(model.arch.head), f"{model.arch.head}.bias"}
+    first = {name: _first_rows(model.weights[name], size) for name in names & model.weights.keys()}
     return replace(model.with_weights(first), config={**model.config, "vocab_size": size})
 
 

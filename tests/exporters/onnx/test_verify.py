@@ -6,8 +6,10 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
 
 from llmopt.exporters.onnx.verify import _quick, verify_lowering
+from llmopt.optimizer.decoder import Norm
 from llmopt.optimizer.errors import MissingExtraError, VerificationError
 from llmopt.optimizer.model import DenseWeight
 from llmopt.optimizer.sources import load_model
@@ -185,6 +187,40 @@ def test_quick_takes_one_layer_of_every_kind(family_of, tmp_path):
     layers = (model.decoder.layers[0],) * 3 + (model.decoder.layers[1],) + (model.decoder.layers[0],) * 4
     model.__dict__["decoder"] = replace(model.decoder, layers=layers)
     assert _quick(model) == [0, 3, 4, 7]
+
+
+ATTENTION = {"softcap": 30.0, "scale": 0.5, "query_norm": Norm(name="norm", kind="rms", epsilon=1e-6)}
+
+
+@pytest.mark.parametrize("change", [*ATTENTION, "no norm", "norm's epsilon", "activation", "residual_scale", "bias"])
+def test_layers_that_differ_in_one_thing_are_two_kinds(model_of, change):
+    model = model_of(num_hidden_layers=6)
+    assert _quick(model) == [0, 3, 5]
+    layers = list(model.decoder.layers)
+    odd = layers[1]
+    if change in ATTENTION:
+        odd = replace(odd, attention=replace(odd.attention, **{change: ATTENTION[change]}))
+    elif change == "no norm":
+        odd = replace(odd, mlp_in=None)
+    elif change == "norm's epsilon":
+        odd = replace(odd, mlp_in=replace(odd.mlp_in, epsilon=0.5))
+    elif change == "activation":
+        odd = replace(odd, mlp=replace(odd.mlp, activation="relu"))
+    elif change == "residual_scale":
+        odd = replace(odd, residual_scale=0.5)
+    else:
+        name = f"{odd.attention.output}.bias"
+        model = model.with_weights({name: DenseWeight.of(torch.zeros(model.decoder.hidden_size))})
+    model = replace(model)  # so that the shared model keeps its description
+    model.__dict__["decoder"] = replace(model.decoder, layers=(layers[0], odd, *layers[2:]))
+    assert _quick(model) == [0, 1, 3, 5]
+
+
+def test_a_bias_of_the_head_is_cut_with_its_rows(model_of):
+    model = model_of("W8A16", {"head": "W8A16"}, num_hidden_layers=1, vocab_size=1100, tie_word_embeddings=False)
+    bias = torch.linspace(-1, 1, 1100)
+    found = verified(model.with_weights({"lm_head.bias": DenseWeight.of(bias)}))
+    assert max(found["layers.0"].values()) < 1e-5
 
 
 def test_a_window_is_exceeded(family_of, tmp_path, monkeypatch):
