@@ -133,6 +133,12 @@ def _check_rope(rope: Rope, head_dim: int) -> None:
             f"rope type {rope.kind!r} in config.json is not supported",
             hint=f"supported rope types: {', '.join(ROPE_TYPES)}",
         )
+    for name in rope.parameters:
+        if name.startswith("mrope_"):
+            raise UnsupportedError(
+                f"{name} of config.json's rope is not supported: positions of text, height and width",
+                hint="llmopt compiles text decoders, whose tokens have one position each",
+            )
     numbers = {"rope_theta": rope.theta, **{name: rope.parameters.get(name) for name in _ROPE_NUMBERS}}
     for name, value in numbers.items():
         if value is not None and not (_is_number(value) and value > 0):

@@ -152,7 +152,12 @@ class _Resolver:
         parameters = dict(self.config["rope_parameters"])
         if "rope_theta" not in parameters:
             parameters = dict(parameters[self._kind(i)])
-        kind = parameters.pop("rope_type", "default")
+        older = parameters.pop("type", None)
+        kind = parameters.pop("rope_type", older or "default")
+        if older not in (None, kind):
+            raise InputError(
+                f"config.json's rope has rope_type {kind!r} and type {older!r}", hint="they mean the same: keep one"
+            )
         parts = (parameters.pop("partial_rotary_factor", None), self.config.get("partial_rotary_factor"), 1.0)
         part = next(part for part in parts if part is not None)
         return Rope(

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmopt.optimizer.errors import UnsupportedError
+from llmopt.optimizer.errors import InputError, UnsupportedError
 
 if TYPE_CHECKING:
     from llmopt.optimizer.arch.base import Arch
@@ -29,11 +29,12 @@ def find(config: Mapping[str, Any], parameters: Callable[[], Collection[str]] = 
 
     Raises:
         UnsupportedError: No file of this folder covers it.
+        InputError: ``architectures`` is no list of names.
     """
     families = known()
     architectures = config.get("architectures")
-    if isinstance(architectures, list) and architectures:
-        wanted = str(architectures[0])
+    if architectures is not None:
+        wanted = _first_name(architectures)
         by_name = {name: arch for arch in families for name in arch.models}
     else:
         wanted = str(config.get("model_type") or "")
@@ -43,6 +44,15 @@ def find(config: Mapping[str, Any], parameters: Callable[[], Collection[str]] = 
 
         raise refusal(config, parameters(), families)
     return by_name[wanted]
+
+
+def _first_name(architectures: object) -> str:
+    if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
+        raise InputError(
+            f"architectures in config.json is {architectures!r}, not a list of names",
+            hint='write a list as ["LlamaForCausalLM"]; without the entry model_type decides',
+        )
+    return architectures[0]
 
 
 def find_gguf(name: str) -> "Arch":

@@ -73,6 +73,14 @@ def test_gemma_2_scales_and_caps():
     assert decoder.layers[0].mlp.activation == "gelu_tanh"
 
 
+@pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("keys", [("type",), ("rope_type",), ("type", "rope_type")])
+def test_the_older_name_of_a_ropes_type_is_no_parameter_of_it(name, keys):
+    written = {"factor": 2.0} | dict.fromkeys(keys, "linear")
+    rope = described(llama.ARCH, **{name: written}).layers[0].attention.rope
+    assert (rope.kind, rope.parameters) == ("linear", {"factor": 2.0})
+
+
 def test_gemma_3_turns_sliding_layers_by_another_base():
     kinds = ["sliding_attention", "full_attention"] * 2
     decoder = described(gemma3.ARCH, layer_types=kinds, sliding_window=7)
