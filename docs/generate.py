@@ -188,9 +188,13 @@ def _nested_tables(schema: Schema) -> list[str]:
 
 def _spec_words(spec: QuantSpec) -> str:
     shared = {"token": "per token", "channel": "per output channel", "tensor": "per tensor"}
-    scale = shared.get(spec.strategy, f"per {spec.group_size} input columns")
+    if spec.block_structure is not None:
+        scale = f"per block of {spec.block_structure[0]} rows and {spec.block_structure[1]} input columns"
+    else:
+        scale = shared.get(spec.strategy, f"per {spec.group_size} input columns")
+    kind = "fp8 e4m3" if spec.type == "float" else f"int{spec.num_bits}"
     form = "symmetric" if spec.symmetric else "asymmetric"
-    return f"{spec.type}{spec.num_bits}, {form}, {'dynamic ' if spec.dynamic else ''}scale {scale}"
+    return f"{kind}, {form}, {'dynamic ' if spec.dynamic else ''}scale {scale}"
 
 
 def main() -> int:

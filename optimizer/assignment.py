@@ -61,8 +61,9 @@ class SchemeQuantPass(QuantPass):
     )
     head: SchemeOption | Kept | None = Field(
         None,
-        description="The output head's scheme; none keeps it in float. Omitted: W8A8 when the scheme quantizes "
-        "activations, else W8A16 with the scheme's group size. A tied embedding shares the head's table.",
+        description="The output head's scheme; none keeps it in float. Omitted: none under FP8, W8A8 when the scheme "
+        "quantizes activations to integers, else W8A16 with the scheme's group size. A tied embedding "
+        "shares the head's table.",
     )
     experts: SchemeOption | Kept | None = Field(
         None,
@@ -125,6 +126,8 @@ class SchemeQuantPass(QuantPass):
     def _head(self) -> Scheme | Kept:
         if self.head is not None:
             return self.head
+        if self.scheme.weights.type == "float":
+            return "none"
         if self.scheme.input_activations is not None:
             return PRESETS["W8A8"]
         size = self._sized().weights.group_size

@@ -16,7 +16,8 @@ __all__ = ["INDEX_NAME", "WEIGHTS_NAME", "fit_to_shapes", "open_checkpoint", "so
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
-_FLOATS = {name: dtype for name, dtype in DTYPES.items() if dtype.is_floating_point}
+_FLOATS = {name: dtype for name, dtype in DTYPES.items() if dtype.is_floating_point and dtype.itemsize > 1}
+"""Without FP8, which stands for nothing without its scales."""
 
 _BUFFERS = re.compile(
     r"(^|\.)((rotary_emb(_local)?|maybe_rotary)\.inv_freq|position_ids|attn\.(masked_)?bias|attention\.(masked_)?bias"

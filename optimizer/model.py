@@ -1,5 +1,6 @@
 """The model that passes take and return: names, configuration, and weights that are read only when asked for."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from llmopt.optimizer.arch.base import Arch
 from llmopt.optimizer.decoder import Decoder
+from llmopt.optimizer.grid import from_grid, spread
 from llmopt.optimizer.resolver import describe
 from llmopt.optimizer.scheme import Scheme
 
@@ -66,9 +68,10 @@ class DenseWeight:
         read = self._reader()
         yield from (read(*rows) for rows in _row_blocks(self.shape))
 
-    def dense_blocks(self) -> Iterator[Tensor]:
-        """The values in float32, a few rows at a time."""
-        yield from (block.to(torch.float32) for block in self.blocks())
+    def dense_blocks(self, *, multiple: int = 1) -> Iterator[Tensor]:
+        """The values in float32, a few rows at a time: a multiple of ``multiple``, but for the last ones."""
+        read = self._reader()
+        yield from (read(*rows).to(torch.float32) for rows in _row_blocks(self.shape, multiple))
 
     def _reader(self) -> Callable[[int, int], Tensor]:
         if isinstance(self.load, RowLoader):
@@ -86,26 +89,46 @@ class QuantTensors(NamedTuple):
     """The tensors of a quantized linear weight.
 
     Attributes:
-        values: int8 ``[out, in]``, signed, within the scheme's range.
-        scale: float32 ``[out, groups]``; one group when the scale is per channel.
-        zero: int8 ``[out, groups]``, signed; None when symmetric.
+        values: int8, signed, within the scheme's range, or float8_e4m3fn: ``[out, in]``.
+        scale: float32, one for each equal part of a row, ``[out, groups]``; ``[1, 1]`` when all share one.
+        zero: int8, signed, of the shape of ``scale``; None when symmetric.
+        input_scale: float32 ``[1]``, of inputs that are rounded on a scale known in advance; None for others.
+        block: Rows and columns that share a scale, ``[ceil(out/rows), ceil(in/columns)]`` of them; None: as above.
     """
 
     values: Tensor
     scale: Tensor
     zero: Tensor | None
+    input_scale: Tensor | None = None
+    block: tuple[int, int] | None = None
 
     def dense(self) -> Tensor:
-        """The values the integers stand for: float32 ``[out, in]``, ``(values - zero) * scale``."""
-        rows, groups = self.scale.shape
-        integers = self.values.to(torch.float32).reshape(rows, groups, -1)
-        if self.zero is not None:
-            integers = integers - self.zero.to(torch.float32)[:, :, None]
-        return (integers * self.scale[:, :, None]).reshape(self.values.shape)
+        """The values the numbers stand for: float32 ``[out, in]``, ``(values - zero) * scale``."""
+        rows, columns = self.values.shape
+        if self.block is not None:
+            scale = spread(self.scale, self.block, (rows, columns))
+            zero = None if self.zero is None else spread(self.zero, self.block, (rows, columns))
+            return from_grid(self.values, scale, zero)
+        values = self.values.reshape(rows, self.scale.shape[1], -1)
+        zero = None if self.zero is None else self.zero[:, :, None]
+        return from_grid(values, self.scale[:, :, None], zero).reshape(rows, columns)
+
+    def by_row(self) -> "QuantTensors":
+        """The same with scales of each row, ``[out, groups]``; the last group of a row may be narrower."""
+        rows = len(self.values)
+        height, block = (rows, None) if self.block is None else (self.block[0], (1, self.block[1]))
+
+        def each(part: Tensor) -> Tensor:
+            return part.repeat_interleave(height, 0)[:rows] if len(part) < rows else part
+
+        zero = None if self.zero is None else each(self.zero)
+        return self._replace(scale=each(self.scale), zero=zero, block=block)
 
     def rows(self, index: slice | Tensor) -> "QuantTensors":
-        """The tensors of some rows."""
-        return QuantTensors(self.values[index], self.scale[index], None if self.zero is None else self.zero[index])
+        """The tensors of some rows, with scales of each row."""
+        each = self.by_row()
+        zero = None if each.zero is None else each.zero[index]
+        return each._replace(values=each.values[index], scale=each.scale[index], zero=zero)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,44 +141,45 @@ class QuantWeight:
         load: Reads its tensors, fresh or memory-mapped. The caller must not write to them.
     """
 
-    shape: tuple[int, ...]
+    shape: tuple[int, int]
     scheme: Scheme
     load: Callable[[], QuantTensors]
 
     @property
     def groups(self) -> int:
         """Scales of a row."""
-        return self.shape[1] // (self.scheme.weights.group_size or self.shape[1])
+        return self.scheme.weights.scale_shape(*self.shape)[1]
 
     @property
     def nbytes(self) -> int:
         """Size when packed, in bytes: values at ``num_bits`` each, scales, zero points."""
-        spec, scales = self.scheme.weights, self.shape[0] * self.groups
-        zeros = 0 if spec.symmetric else scales
-        return (self.shape[0] * self.shape[1] + zeros) * spec.num_bits // 8 + scales * torch.float32.itemsize
+        spec, floats = self.scheme.weights, math.prod(self.scheme.weights.scale_shape(*self.shape))
+        zeros = 0 if spec.symmetric else floats
+        floats += self.scheme.needs_input_scale
+        return (self.shape[0] * self.shape[1] + zeros) * spec.num_bits // 8 + floats * torch.float32.itemsize
 
     def dense(self) -> Tensor:
-        """The values the integers stand for: float32 ``[out, in]``."""
+        """The values the numbers stand for: float32 ``[out, in]``."""
         return self.load().dense()
 
-    def dense_blocks(self) -> Iterator[Tensor]:
+    def dense_blocks(self, *, multiple: int = 1) -> Iterator[Tensor]:
         """See ``DenseWeight.dense_blocks``."""
-        yield from (self.load().rows(slice(*rows)).dense() for rows in _row_blocks(self.shape))
+        yield from (self.load().rows(slice(*rows)).dense() for rows in _row_blocks(self.shape, multiple))
 
     @staticmethod
-    def of(values: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> "QuantWeight":
+    def of(tensors: QuantTensors, scheme: Scheme) -> "QuantWeight":
         """A weight around tensors already in memory."""
-        tensors = QuantTensors(values, scale, zero)
-        return QuantWeight(tuple(values.shape), scheme, lambda: tensors)
+        rows, columns = tensors.values.shape
+        return QuantWeight((rows, columns), scheme, lambda: tensors)
 
 
 Weight = DenseWeight | QuantWeight
 
 
-def _row_blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """The first row and the row past the end of each block of at most ``_BLOCK_BYTES``, or of one row."""
+def _row_blocks(shape: tuple[int, ...], multiple: int = 1) -> Iterator[tuple[int, int]]:
+    """The first row and the row past the end of each block of at most ``_BLOCK_BYTES``, or of ``multiple`` rows."""
     rows, row_bytes = shape[0], torch.Size(shape[1:]).numel() * torch.float32.itemsize
-    step = max(1, _BLOCK_BYTES // row_bytes)
+    step = max(1, _BLOCK_BYTES // row_bytes // multiple) * multiple
     yield from ((first, min(first + step, rows)) for first in range(0, rows, step))
 
 

@@ -1,25 +1,26 @@
-"""Rounding a weight matrix to integers: the one place where a scale is chosen from a range of values."""
+"""Rounding a weight matrix to what a scheme stores: the one place where a scale is chosen from a range of values."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from llmopt.optimizer.grid import spread, to_grid
 from llmopt.optimizer.model import QuantTensors
 from llmopt.optimizer.scheme import QuantSpec, Scheme
 
-__all__ = ["grid", "joined", "quantize"]
+__all__ = ["grid", "grids", "joined", "quantize", "quantize_on"]
 
 
 def grid(groups: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
     """Scale and zero point of each group from its smallest and largest value.
 
-    Symmetric scales are ``max|w| / (2^(bits-1) - 1/2)``, compressed-tensors' choice: it uses the whole range
-    ``[-2^(bits-1), 2^(bits-1) - 1]`` and keeps the largest value within half a step.
+    Symmetric integer scales are ``max|w| / (2^(bits-1) - 1/2)``, compressed-tensors' choice: it uses the whole range
+    ``[-2^(bits-1), 2^(bits-1) - 1]`` and keeps the largest value within half a step. FP8 scales are ``max|w| / 448``.
 
     Args:
         groups: float32 ``[out, groups, columns]``.
-        spec: Bits and symmetry.
+        spec: Bits, type and symmetry.
 
     Returns:
         Scale float32 ``[out, groups]``, never 0; zero point int8 ``[out, groups]``, or None when symmetric.
@@ -36,29 +37,60 @@ def grid(groups: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
     return scale, zero.to(torch.int8)
 
 
-def quantize(weight: Tensor, scheme: Scheme) -> QuantTensors:
-    """Round every element to the nearest value of its group's grid, halves to even. No row looks at another.
+def grids(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
+    """``grid`` of everything in a matrix that shares a scale, in the shape ``spec.scale_shape`` gives.
 
     Args:
         weight: float32 ``[out, in]``; ``in`` is a multiple of the group size.
-        scheme: Integer weights, one scale per channel or per group.
+        spec: How weights are quantized.
+    """
+    rows, columns = weight.shape
+    if spec.strategy == "tensor":
+        return grid(weight.reshape(1, 1, -1), spec)
+    if spec.block_structure is None:
+        return grid(weight.reshape(rows, -1, spec.group_size or columns), spec)
+    height, width = spec.block_structure
+    padded = torch.nn.functional.pad(weight, (0, -columns % width, 0, -rows % height))
+    down, across = padded.shape[0] // height, padded.shape[1] // width
+    blocks = padded.reshape(down, height, across, width).transpose(1, 2)
+    return grid(blocks.reshape(down, across, -1), spec)
+
+
+def quantize(weight: Tensor, scheme: Scheme) -> QuantTensors:
+    """Round every element to the nearest number of its grid, which is the tightest around what shares its scale.
+
+    Args:
+        weight: float32 ``[out, in]``; ``in`` is a multiple of the group size.
+        scheme: What its weights become.
 
     Returns:
         Values whose ``dense()`` differs from ``weight`` by at most half a step of the group; with a zero point
-        by at most one step at the ends of the range, where the rounded zero point shifts the grid.
+        by at most one step at the ends of the range, where the rounded zero point shifts the grid. In FP8 a step is
+        an eighth of the value's leading power of two, and at least ``2^-9`` of the scale.
     """
-    spec = scheme.weights
-    rows, columns = weight.shape
-    groups = weight.reshape(rows, -1, spec.group_size or columns)
-    scale, zero = grid(groups, spec)
-    steps = (groups / scale[:, :, None]).round()
-    if zero is not None:
-        steps = steps + zero[:, :, None]
-    values = steps.clamp(spec.quant_min, spec.quant_max).to(torch.int8).reshape(rows, columns)
-    return QuantTensors(values, scale, zero)
+    return quantize_on(weight, *grids(weight, scheme.weights), scheme)
 
 
-def joined(parts: Sequence[QuantTensors]) -> QuantTensors:
-    """One weight from blocks of its rows, in order."""
-    values, scales, zeros = zip(*parts, strict=True)
-    return QuantTensors(torch.cat(values), torch.cat(scales), None if zeros[0] is None else torch.cat(zeros))
+def quantize_on(weight: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> QuantTensors:
+    """Round every element to the nearest number of grids that are given, as ``grids`` returns them."""
+    spec, (rows, columns) = scheme.weights, weight.shape
+    if spec.block_structure is not None:
+        each = spread(scale, spec.block_structure, (rows, columns))
+        points = None if zero is None else spread(zero, spec.block_structure, (rows, columns))
+        return QuantTensors(to_grid(weight, each, points, spec), scale, zero, block=spec.block_structure)
+    groups = weight.reshape(rows, scale.shape[1], -1)
+    values = to_grid(groups, scale[:, :, None], None if zero is None else zero[:, :, None], spec)
+    return QuantTensors(values.reshape(rows, columns), scale, zero)
+
+
+def joined(parts: Sequence[QuantTensors], spec: QuantSpec) -> QuantTensors:
+    """One weight from parts of its rows, in order, each of which but the last holds whole blocks.
+
+    Parts of a weight with one scale have the same one.
+    """
+    values, scales, zeros, _, block = zip(*parts, strict=True)
+    if spec.strategy == "tensor":
+        return QuantTensors(torch.cat(values), scales[0], zeros[0])
+    return QuantTensors(
+        torch.cat(values), torch.cat(scales), None if zeros[0] is None else torch.cat(zeros), block=block[0]
+    )

@@ -23,6 +23,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
 }
 """Safetensors' names of what llmopt reads and writes."""
 

@@ -92,17 +92,25 @@ def _tensors(name: str, weight: Weight) -> dict[str, Tensor]:
     if isinstance(weight, DenseWeight):
         return {name: weight.load()}
     parts = weight.load()._asdict()
-    return {f"{name}.{part}": tensor for part, tensor in parts.items() if tensor is not None}
+    return {f"{name}.{part}": tensor for part, tensor in parts.items() if isinstance(tensor, Tensor)}
 
 
 def _weight(name: str, entry: Mapping[str, Any], tensors: Mapping[str, FileTensor]) -> Weight:
     if "scheme" not in entry:
         tensor = tensors[name]
         return DenseWeight(tensor.shape, DTYPES[tensor.dtype], tensor)
+    scheme = Scheme.model_validate(entry["scheme"])
     values, scale = tensors[f"{name}.values"], tensors[f"{name}.scale"]
-    zero = tensors.get(f"{name}.zero")
+    zero, input_scale = (tensors.get(f"{name}.{part}") for part in ("zero", "input_scale"))
 
     def load() -> QuantTensors:
-        return QuantTensors(values(), scale(), None if zero is None else zero())
+        return QuantTensors(
+            values(),
+            scale(),
+            None if zero is None else zero(),
+            None if input_scale is None else input_scale(),
+            scheme.weights.block_structure,
+        )
 
-    return QuantWeight(values.shape, Scheme.model_validate(entry["scheme"]), load)
+    rows, columns = values.shape
+    return QuantWeight((rows, columns), scheme, load)

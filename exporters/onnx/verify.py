@@ -195,4 +195,4 @@ def _small_vocabulary(model: Model) -> Model:
 def _first_rows(weight: Weight, count: int) -> Weight:
     if isinstance(weight, DenseWeight):
         return DenseWeight.of(weight.rows(0, count).clone())
-    return QuantWeight.of(*weight.load().rows(slice(count)), weight.scheme)
+    return QuantWeight.of(weight.load().rows(slice(count)), weight.scheme)

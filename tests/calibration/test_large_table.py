@@ -50,7 +50,7 @@ def test_a_quantized_table_is_what_its_integers_stand_for(pair_of, monkeypatch) 
     model, _ = pair_of()
     name = "model.embed_tokens.weight"
     scheme = PRESETS["W8A8"]
-    model = model.with_weights({name: QuantWeight.of(*quantize(model.weights[name].dense(), scheme), scheme)})
+    model = model.with_weights({name: QuantWeight.of(quantize(model.weights[name].dense(), scheme), scheme)})
     found = Reference(model).logits(IDS)
     monkeypatch.setattr(large_table, "_LARGE_BYTES", 1 << 30)
     torch.testing.assert_close(found, Reference(model).logits(IDS))

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from llmopt.calibration.reference import Reference, quantize_per_token
 from llmopt.optimizer.errors import InputError, UnsupportedError
-from llmopt.optimizer.model import DenseWeight, QuantWeight
+from llmopt.optimizer.model import DenseWeight, QuantTensors, QuantWeight
 from llmopt.optimizer.scheme import PRESETS
 from llmopt.optimizer.sources import load_model
 
@@ -19,7 +19,7 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 def int8(weight, scheme="W8A8"):
     scale = weight.abs().amax(1, keepdim=True) / 127
-    return QuantWeight.of((weight / scale).round().to(torch.int8), scale, None, PRESETS[scheme])
+    return QuantWeight.of(QuantTensors((weight / scale).round().to(torch.int8), scale, None), PRESETS[scheme])
 
 
 def naive_per_token(x):

@@ -8,7 +8,7 @@ import torch
 from llmopt.calibration.reference import Reference
 from llmopt.evaluation.measure import compare, measure
 from llmopt.optimizer.errors import InputError
-from llmopt.optimizer.model import QuantWeight
+from llmopt.optimizer.model import QuantTensors, QuantWeight
 from llmopt.optimizer.scheme import PRESETS
 from llmopt.optimizer.tokens import SAMPLED
 
@@ -59,7 +59,7 @@ def test_several_texts_are_measured_in_order(tiny_model, backend_of, text):
 def test_a_quantized_engine_is_measured_against_the_unquantized_source(tiny_model, backend_of, text):
     def int8(weight):
         scale = weight.abs().amax(1, keepdim=True) / 127
-        return QuantWeight.of((weight / scale).round().to(torch.int8), scale, None, PRESETS["W8A8"])
+        return QuantWeight.of(QuantTensors((weight / scale).round().to(torch.int8), scale, None), PRESETS["W8A8"])
 
     names = [tiny_model.weight_of(name) for name in tiny_model.linears()]
     quantized = tiny_model.with_weights({name: int8(tiny_model.weights[name].dense()) for name in names})

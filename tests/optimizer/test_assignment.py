@@ -99,6 +99,12 @@ def test_the_head_has_a_default_and_can_be_named(options, head):
     assert assigned(**options)["lm_head"] == head
 
 
+@pytest.mark.parametrize("scheme", ["FP8", "FP8_DYNAMIC", "FP8_BLOCK"])
+def test_fp8_leaves_the_head_in_float(scheme):
+    assert "lm_head" not in assigned(scheme=scheme)
+    assert assigned(scheme=scheme, head="W8A8")["lm_head"] == W8A8
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_head_of_none_stays_in_float(tied):
     found = assigned(model_of(tied=tied), scheme="W8A8", head="none")
@@ -188,7 +194,7 @@ def test_a_head_that_does_not_fit_is_found():
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"])
 def test_a_module_that_is_quantized_already_is_refused(name):
     model = model_of()
-    model = model.with_weights({name: QuantWeight.of(*quantize(torch.ones(128, 128), W8A16), W8A16)})
+    model = model.with_weights({name: QuantWeight.of(quantize(torch.ones(128, 128), W8A16), W8A16)})
     error = refused(model, scheme="W8A8")
     module = "lm_head" if "embed" in name else name.removesuffix(".weight")
     assert error.message == f"{module} is already quantized to W8A16"
@@ -198,7 +204,7 @@ def test_a_module_that_is_quantized_already_is_refused(name):
 def test_a_second_quantizer_may_take_what_the_first_left():
     model = model_of()
     model = model.with_weights(
-        {"model.embed_tokens.weight": QuantWeight.of(*quantize(torch.ones(50, 128), W8A16), W8A16)}
+        {"model.embed_tokens.weight": QuantWeight.of(quantize(torch.ones(50, 128), W8A16), W8A16)}
     )
     Chosen(scheme="W8A8", head="none").requires(model)
 

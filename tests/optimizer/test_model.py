@@ -7,7 +7,8 @@ import torch
 
 from llmopt.optimizer import model as model_module
 from llmopt.optimizer.arch.llama import ARCH
-from llmopt.optimizer.model import DenseWeight, Model, QuantWeight, Source
+from llmopt.optimizer.model import DenseWeight, Model, QuantTensors, QuantWeight, Source
+from llmopt.optimizer.rounding import quantize
 from llmopt.optimizer.scheme import PRESETS
 
 CONFIG = {
@@ -47,12 +48,12 @@ def quantized(scheme, rows, columns):
     generator = torch.Generator().manual_seed(0)
     groups = columns // (scheme.weights.group_size or columns)
     zero = torch.randint(-8, 8, (rows, groups), generator=generator).to(torch.int8)
-    return QuantWeight.of(
+    tensors = QuantTensors(
         torch.randint(-8, 8, (rows, columns), generator=generator).to(torch.int8),
         torch.rand(rows, groups, generator=generator),
         None if scheme.weights.symmetric else zero,
-        scheme,
     )
+    return QuantWeight.of(tensors, scheme)
 
 
 def test_a_dense_weight_is_read_when_asked_for():
@@ -79,7 +80,7 @@ def test_a_dense_weight_has_its_tensors_size(dtype, nbytes):
 @pytest.mark.parametrize("group_size", [-1, 4])
 def test_integers_stand_for_their_distance_from_zero_in_steps(name, group_size):
     weight = quantized(PRESETS[name].with_group_size(group_size), 5, 12)
-    dense, (values, scale, zeros) = weight.dense(), weight.load()
+    dense, (values, scale, zeros) = weight.dense(), weight.load()[:3]
     assert (weight.shape, tuple(dense.shape), dense.dtype) == ((5, 12), (5, 12), torch.float32)
     assert (zeros is None) == (name == "W4A16")
     for row in range(5):
@@ -96,11 +97,15 @@ def test_integers_stand_for_their_distance_from_zero_in_steps(name, group_size):
         (PRESETS["W8A8"], 4 * 32 + 4 * 4),
         (PRESETS["W4A16"].with_group_size(16), 4 * 32 // 2 + 4 * 2 * 4),
         (PRESETS["W4A16_ASYM"].with_group_size(16), 4 * 32 // 2 + 4 * 2 * 4 + 4 * 2 // 2),
+        (PRESETS["W3A16"].with_group_size(16), 4 * 32 * 3 // 8 + 4 * 2 * 4),
+        (PRESETS["FP8_DYNAMIC"], 4 * 32 + 4 * 4),
+        (PRESETS["FP8_BLOCK"], 4 * 32 + 4),
+        (PRESETS["FP8"], 4 * 32 + 4 + 4),
     ],
     ids=lambda value: getattr(value, "name", value),
 )
 def test_a_quantized_weight_has_its_packed_size_whether_or_not_it_is_in_memory(scheme, nbytes):
-    weight = quantized(scheme, 4, 32)
+    weight = QuantWeight.of(quantize(torch.ones(4, 32), scheme), scheme)
     assert weight.nbytes == nbytes
     assert QuantWeight(weight.shape, scheme, lambda: pytest.fail("it was read")).nbytes == nbytes
 

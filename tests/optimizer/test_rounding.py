@@ -1,10 +1,14 @@
 """Rounding against a loop over single numbers, and the bounds it promises."""
 
+import itertools
+import math
+
 import pytest
 import torch
 
-from llmopt.optimizer.rounding import quantize
-from llmopt.optimizer.scheme import QuantSpec, Scheme
+from llmopt.optimizer.grid import from_grid, to_grid
+from llmopt.optimizer.rounding import joined, quantize, quantize_on
+from llmopt.optimizer.scheme import PRESETS, QuantSpec, Scheme
 
 
 def scheme(bits=8, group=None, *, symmetric=True):
@@ -172,3 +176,90 @@ def test_a_transposed_input_gives_the_same():
     weight = weights(48, 6).T
     assert not weight.is_contiguous()
     assert quantize(weight, scheme(4, 16)).values.equal(quantize(weight.contiguous(), scheme(4, 16)).values)
+
+
+def tile(height, width, *, bits=8, kind="int", symmetric=True):
+    spec = QuantSpec(num_bits=bits, type=kind, symmetric=symmetric, strategy="block", block_structure=(height, width))
+    return Scheme(weights=spec)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("height", "width"), [(4, 16), (4, 20), (5, 48), (1, 16), (6, 1), (128, 128)])
+def test_each_block_is_rounded_like_a_tensor_of_its_own(height, width, symmetric):
+    weight, chosen = weights(), tile(height, width, bits=4, symmetric=symmetric)
+    alone = Scheme(weights=QuantSpec(num_bits=4, symmetric=symmetric, strategy="tensor"))
+    found = quantize(weight, chosen)
+    dense = found.dense()
+    assert tuple(found.scale.shape) == chosen.weights.scale_shape(6, 48)
+    for i, top in enumerate(range(0, 6, height)):
+        for j, left in enumerate(range(0, 48, width)):
+            part = (slice(top, top + height), slice(left, left + width))
+            expected = quantize(weight[part], alone)
+            assert expected.scale.item() == found.scale[i, j]
+            assert expected.dense().equal(dense[part])
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_tensors_scale_is_the_one_of_its_largest_value(symmetric):
+    weight, chosen = weights(), Scheme(weights=QuantSpec(num_bits=8, strategy="tensor", symmetric=symmetric))
+    found, flat = quantize(weight, chosen), quantize(weight.reshape(1, -1), scheme(8, symmetric=symmetric))
+    assert tuple(found.scale.shape) == (1, 1)
+    assert found.dense().equal(flat.dense().reshape(6, 48))
+
+
+FP8 = [PRESETS[name] for name in ("FP8", "FP8_DYNAMIC", "FP8_BLOCK")] + [tile(4, 20, kind="float")]
+E4M3 = sorted({(1 + m / 8) * 2.0**e for e in range(-6, 9) for m in range(8)} | {m * 2.0**-9 for m in range(8)})[:-1]
+"""Every magnitude of E4M3; the last one of the formula, 480, is not a number."""
+
+
+def nearest_e4m3(x):
+    """The nearest magnitude, of two equally near ones that with an even last bit, which is that at an even index."""
+    off = [abs(abs(x) - magnitude) for magnitude in E4M3]
+    return math.copysign(min((error, i % 2, E4M3[i]) for i, error in enumerate(off))[2], x)
+
+
+def test_fp8_numbers_are_the_nearest_of_the_format():
+    x = torch.cat([weights().flatten() * 10.0**e for e in range(-4, 3)])
+    ties = torch.tensor([(a + b) / 2 for a, b in itertools.pairwise(E4M3)])
+    x = torch.cat([x, ties, -ties, torch.tensor([0.0, 448, 449, 1e9, -1e9])])
+    found = to_grid(x, torch.ones(()), None, PRESETS["FP8"].weights)
+    assert found.dtype == torch.float8_e4m3fn
+    assert found.float().tolist() == [nearest_e4m3(number) for number in x.tolist()]
+
+
+@pytest.mark.parametrize("chosen", FP8, ids=lambda s: s.name)
+@pytest.mark.parametrize("factor", [1e-30, 1.0, 1e30])
+def test_no_fp8_number_moves_by_more_than_half_a_step(chosen, factor):
+    weight = weights() * factor
+    found = quantize(weight, chosen)
+    scale = found.by_row().scale.repeat_interleave(-(-48 // found.scale.shape[1]) if found.block is None else 1, 1)
+    if found.block is not None:
+        scale = scale.repeat_interleave(found.block[1], 1)[:, :48]
+    limit = torch.maximum(weight.abs() / 16, scale * 2.0**-10)  # half of an eighth of the leading power, and of 2^-9
+    assert (found.dense() - weight).abs().le(limit * (1 + 1e-5)).all()
+    assert found.dense().abs().max() == pytest.approx(float(weight.abs().max()), rel=1e-6)
+
+
+def test_numbers_on_a_given_grid_are_found_again():
+    scale, zero = torch.rand(6, 1) + 0.1, torch.randint(-3, 3, (6, 1)).to(torch.int8)
+    spec = scheme(4, symmetric=False).weights
+    values = torch.randint(-8, 8, (6, 48)).to(torch.int8)
+    assert to_grid(from_grid(values, scale, zero), scale, zero, spec).equal(values)
+    given = quantize_on(from_grid(values, scale, zero), scale, zero, scheme(4, symmetric=False))
+    assert given.values.equal(values)
+
+
+@pytest.mark.parametrize("chosen", [*SCHEMES, *FP8, tile(2, 16, symmetric=False)], ids=lambda s: s.name)
+def test_parts_of_rows_make_up_the_whole(chosen):
+    whole = quantize(weights(128 + 6), chosen)
+    each = whole.by_row()
+    assert each.dense().equal(whole.dense())
+    assert whole.rows(torch.tensor([130, 2, 2])).dense().equal(whole.dense()[[130, 2, 2]])
+    assert whole.rows(slice(127, 131)).dense().equal(whole.dense()[127:131])
+    if chosen.weights.strategy == "tensor":
+        parts = [quantize_on(part, whole.scale, whole.zero, chosen) for part in weights(128 + 6).split(128)]
+    else:
+        parts = [quantize(part, chosen) for part in weights(128 + 6).split(128)]
+    again = joined(parts, chosen.weights)
+    assert again.dense().equal(whole.dense())
+    assert again.scale.equal(whole.scale)

@@ -7,7 +7,7 @@ import torch
 
 from llmopt.calibration.reference import Reference
 from llmopt.optimizer.errors import PassError
-from llmopt.optimizer.model import DenseWeight, QuantWeight
+from llmopt.optimizer.model import DenseWeight, QuantTensors, QuantWeight
 from llmopt.optimizer.scale_pairs import layer_pairs, scale_pairs, scaled
 from llmopt.optimizer.scheme import PRESETS
 from llmopt.optimizer.sources import load_model
@@ -131,6 +131,7 @@ def test_a_quantized_weight_is_refused(family):
     model = family("llama")
     name = "model.layers.0.self_attn.k_proj.weight"
     shape = model.weights[name].shape
-    rounded = QuantWeight.of(torch.zeros(shape, dtype=torch.int8), torch.ones(shape[0], 1), None, PRESETS["W8A16"])
+    zeros = QuantTensors(torch.zeros(shape, dtype=torch.int8), torch.ones(shape[0], 1), None)
+    rounded = QuantWeight.of(zeros, PRESETS["W8A16"])
     with pytest.raises(PassError, match=r"k_proj.weight is already quantized to W8A16"):
         scaled(model.with_weights({name: rounded}), layer_pairs(model, 0)[0], torch.ones(64))

@@ -2,6 +2,7 @@
 
 import pydantic
 import pytest
+import torch
 
 from llmopt.optimizer.scheme import PRESETS, QuantSpec, Scheme, SchemeOption, preset
 
@@ -33,6 +34,44 @@ def test_other_bits_are_refused(bits):
 def test_a_group_size_goes_with_groups_only(options):
     with pytest.raises(pydantic.ValidationError, match="group_size"):
         QuantSpec(num_bits=4, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"strategy": "block"},
+        {"strategy": "channel", "block_structure": [128, 128]},
+        {"strategy": "block", "block_structure": [128]},
+        {"strategy": "block", "block_structure": [128, 0]},
+    ],
+)
+def test_a_block_structure_goes_with_blocks_only(options):
+    with pytest.raises(pydantic.ValidationError, match="block_structure"):
+        QuantSpec(num_bits=8, **options)
+
+
+@pytest.mark.parametrize("options", [{"num_bits": 4}, {"num_bits": 8, "symmetric": False}])
+def test_floats_have_eight_bits_and_no_zero_point(options):
+    with pytest.raises(pydantic.ValidationError, match="FP8 E4M3"):
+        QuantSpec(type="float", strategy="channel", **options)
+
+
+def test_floats_reach_from_minus_448_to_448():
+    spec = PRESETS["FP8"].weights
+    assert (spec.quant_min, spec.quant_max) == (-448, torch.finfo(torch.float8_e4m3fn).max)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("FP8", (1, 1)), ("FP8_DYNAMIC", (200, 1)), ("FP8_BLOCK", (2, 3)), ("W4A16", (200, 2)), ("W8A8", (200, 1))],
+)
+def test_scales_have_a_shape(name, shape):
+    assert PRESETS[name].weights.scale_shape(200, 256 if name == "W4A16" else 300) == shape
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_only_static_inputs_need_a_stored_scale(name):
+    assert PRESETS[name].needs_input_scale == (name == "FP8")
 
 
 def test_unknown_keys_and_values_are_refused():
@@ -88,7 +127,22 @@ def test_a_name_like_no_other_gets_the_list():
         (PRESETS["W8A16"].with_group_size(32), "W8A16 g32"),
         (PRESETS["W8A16"].with_group_size(-1), "W8A16"),
         (PRESETS["W8A8"].with_group_size(-1), "W8A8"),
-        (Scheme(weights=QuantSpec(num_bits=3, strategy="group", group_size=64)), "W3A16 g64"),
+        (PRESETS["W3A16"].with_group_size(-1), "W3A16 channel"),
+        (Scheme(weights=QuantSpec(num_bits=3, strategy="group", group_size=64, symmetric=False)), "W3A16_ASYM g64"),
+        (Scheme(weights=PRESETS["FP8"].weights), "FP8 weights tensor"),
+        (Scheme(weights=PRESETS["FP8_BLOCK"].weights), "FP8 weights 128x128"),
+        (
+            Scheme(weights=PRESETS["W8A8"].weights, input_activations=QuantSpec(num_bits=8, strategy="tensor")),
+            "W8A8 channel, inputs tensor static",
+        ),
+        (
+            Scheme(weights=PRESETS["FP8"].weights, input_activations=PRESETS["FP8_DYNAMIC"].input_activations),
+            "FP8 tensor, inputs token dynamic",
+        ),
+        (
+            Scheme(weights=PRESETS["FP8"].weights, input_activations=PRESETS["W8A8"].input_activations),
+            "FP8 tensor, int inputs token dynamic",
+        ),
         (Scheme(weights=QuantSpec(num_bits=8, strategy="tensor", symmetric=False)), "W8A16_ASYM tensor"),
     ],
 )

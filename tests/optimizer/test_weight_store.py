@@ -34,21 +34,32 @@ def test_floats_come_back_bit_for_bit(store: WeightStore, tmp_path: Path, dtype:
         assert torch.equal(found.load(), tensor)
 
 
-@pytest.mark.parametrize("name", ["W8A8", "W4A16", "W4A16_ASYM"])
+@pytest.mark.parametrize("name", ["W8A8", "W4A16", "W4A16_ASYM", "FP8_DYNAMIC", "FP8_BLOCK"])
 def test_integers_come_back_with_their_scheme(store: WeightStore, tmp_path: Path, name: str) -> None:
     scheme = PRESETS[name]
     expected = quantize(random(6, 128), scheme)
-    kept = store.keep({"a": QuantWeight.of(*expected, scheme)})
+    kept = store.keep({"a": QuantWeight.of(expected, scheme)})
     store.close()
     for found in (kept["a"], read_weights(tmp_path)["a"]):
         assert isinstance(found, QuantWeight)
         assert found.scheme == scheme
-        values, scale, zero = found.load()
+        values, scale, zero = found.load()[:3]
         assert found.shape == tuple(values.shape)
-        assert torch.equal(values, expected.values)
+        assert values.dtype == expected.values.dtype
+        assert torch.equal(values.float(), expected.values.float())
         assert torch.equal(scale, expected.scale)
         assert (zero is None) == (expected.zero is None)
         assert torch.equal(found.dense(), expected.dense())
+
+
+def test_a_scale_of_inputs_comes_back(store: WeightStore, tmp_path: Path) -> None:
+    scheme = PRESETS["FP8"]
+    tensors = quantize(random(6, 128), scheme)._replace(input_scale=torch.tensor([0.25]))
+    kept = store.keep({"a": QuantWeight.of(tensors, scheme)})
+    store.close()
+    for found in (kept["a"], read_weights(tmp_path)["a"]):
+        assert found.load().input_scale.tolist() == [0.25]
+        assert torch.equal(found.dense(), tensors.dense())
 
 
 def test_a_file_is_written_when_a_weight_is_kept(store: WeightStore, tmp_path: Path) -> None:

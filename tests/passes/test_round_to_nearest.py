@@ -137,7 +137,7 @@ def test_what_keep_returns_is_what_the_model_holds(float_model_of):
 
     def keep(weights):
         copies = {
-            name: QuantWeight.of(weight.load().values.clone(), weight.load().scale.clone(), None, weight.scheme)
+            name: QuantWeight.of(weight.load()._replace(scale=weight.load().scale.clone()), weight.scheme)
             for name, weight in weights.items()
         }
         stored.update(copies)

@@ -65,7 +65,7 @@ def test_a_vector_is_stored_in_float32():
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)
 def test_integers_are_dequantized_to_what_they_stand_for(scheme):
-    weight = QuantWeight.of(*quantize(random(), scheme), scheme)
+    weight = QuantWeight.of(quantize(random(), scheme), scheme)
     for write, expected in (
         (lambda builder: linear_weight(builder, "layer", weight), weight.dense().numpy().T),
         (lambda builder: table(builder, "layer.weight", weight), weight.dense().numpy()),
@@ -78,7 +78,7 @@ def test_integers_are_dequantized_to_what_they_stand_for(scheme):
 def test_the_initializers_are_the_models_own_numbers(scheme):
     weight = quantize(random(), scheme)
     builder = GraphBuilder()
-    linear_weight(builder, "layer", QuantWeight.of(*weight, scheme))
+    linear_weight(builder, "layer", QuantWeight.of(weight, scheme))
     stored = {value.name: value.const_value for value in builder.initializers}
     integers = ir.DataType.INT8 if scheme.weights.num_bits == 8 else ir.DataType.INT4
     assert stored["layer.weight"].dtype == integers
@@ -118,7 +118,7 @@ def random_experts(count=3):
 
 
 def rounded(matrix, scheme):
-    return QuantWeight.of(*quantize(matrix, scheme), scheme)
+    return QuantWeight.of(quantize(matrix, scheme), scheme)
 
 
 def stacked(experts):
