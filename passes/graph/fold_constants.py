@@ -21,7 +21,7 @@ class FoldConstants(GraphPass):
         def should_fold(node: ir.Node) -> bool:
             reason = _refusal(node)
             if reason is not None:
-                declined.append(f"{node.outputs[0].name}: {reason}")
+                declined.append(f"{_title(node)}: {reason}")
             return reason is None
 
         main = ir.Model(graph.graph, ir_version=graph.ir_version)  # without functions: their bodies are references
@@ -30,6 +30,13 @@ class FoldConstants(GraphPass):
         context.detail("applied", len(before - set(main.graph)))
         context.detail("declined", sorted(declined))
         return graph
+
+
+def _title(node: ir.Node) -> str:
+    """A node by its operator and the largest constant it reads: results are often named by their number alone."""
+    inputs = (value for value in node.inputs if value is not None)
+    sizes = {value.name: value.const_value.nbytes for value in inputs if value.const_value is not None}
+    return f"{node.op_type} of {max(sizes, key=sizes.__getitem__)}" if sizes else str(node.outputs[0].name)
 
 
 def _refusal(node: ir.Node) -> str | None:
