@@ -154,9 +154,6 @@ def _memory_limit(recipe: Recipe) -> Iterator[None]:
 def _check(recipe: Recipe, model: Model, output: Path) -> None:
     """What can be found out before any tensor is read: does the model fit the recipe, and the disk the files."""
     check_model(recipe, model)
-    names = [item.name for item in recipe.export]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise InputError(f"export has {', '.join(sorted(twice))} more than once", hint="one build holds one of each")
     needed = 0
     for item in recipe.export:
         needed += item.instance.estimate(model)

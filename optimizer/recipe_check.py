@@ -77,11 +77,12 @@ def _check_exports(document: Document, export: list[Step]) -> None:
     if document.data.get("export", []) == []:
         what = "nothing to export: a recipe names at least one exporter"
         document.problems.append(document.problem(("export",), what, "as in - onnx: {target: cpu}"))
-    for position, each in enumerate(export):
-        same = [other for other in export[:position] if each.instance and other.instance == each.instance]
-        if same:
-            what = f"is the same as {dotted(same[0].path)}"
-            document.problems.append(document.problem(each.path, what, "remove one", at_key=True))
+    first: dict[str, Step] = {}
+    for each in export:
+        if (other := first.setdefault(each.name, each)) is not each:
+            what = f"this kind is exported already, by {dotted(other.path)}"
+            hint = "remove one: a build holds one export of each kind"
+            document.problems.append(document.problem(each.path, what, hint, at_key=True))
 
 
 def _check_gates(document: Document, export: list[Step]) -> None:

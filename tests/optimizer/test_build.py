@@ -282,13 +282,6 @@ def test_a_text_that_is_too_short_is_found_before_any_pass(make, tmp_path: Path)
     assert calls == []
 
 
-def test_exporting_the_same_kind_twice_is_refused_before_any_pass(make) -> None:
-    calls: list[int] = []
-    with pytest.raises(InputError, match="export has onnx more than once"):
-        make(export=[{"onnx": {}}, {"onnx": {"capacity": 64}}], during=lambda: calls.append(1))
-    assert calls == []
-
-
 def test_experts_stay_out_of_a_scheme_that_quantizes_activations(make, family_of) -> None:
     manifest = make(model=str(family_of("qwen3_moe")), verify="quick")
     schemes = {layer.name: layer.scheme for layer in manifest.layers}

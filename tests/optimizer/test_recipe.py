@@ -397,9 +397,13 @@ def test_gates_need_an_engine(plugins, mistakes) -> None:
     assert found.startswith("r.yaml:4: accept: nothing can be measured, because no item of export makes an engine")
 
 
-def test_the_same_export_twice_is_refused(mistakes) -> None:
-    (found,) = mistakes(f"{HEAD}export:\n  - onnx\n  - onnx: {{target: cpu}}\n")
-    assert found == "r.yaml:5: export.1.onnx: is the same as export.0.onnx  hint: remove one"
+@pytest.mark.parametrize("options", ["{target: cpu}", "{capacity: 64}", "{target: no such}"])
+def test_two_exports_of_one_kind_are_refused_whatever_their_options(mistakes, options: str) -> None:
+    found = mistakes(f"{HEAD}export:\n  - onnx\n  - onnx: {options}\n")
+    assert (
+        "r.yaml:5: export.1.onnx: this kind is exported already, by export.0.onnx  "
+        "hint: remove one: a build holds one export of each kind"
+    ) in found
 
 
 def test_missing_and_empty_data_files_are_found_although_the_gate_has_another_mistake(mistakes, tmp_path: Path) -> None:
