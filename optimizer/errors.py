@@ -106,7 +106,7 @@ class ResourceError(LlmoptError):
 # ONNX Runtime as its own kind.
 _OUT_OF_MEMORY_WORDS = (
     "can't allocate memory", "cannot allocate memory", "out of memory", "bad_alloc", "bad allocation",
-    "failed to allocate memory", "can't start new thread", "could not create a primitive",
+    "failed to allocate memory", "can't start new thread", "pthread_create failed", "could not create a primitive",
     "failed to map segment",
 )  # fmt: skip
 

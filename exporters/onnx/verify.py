@@ -19,7 +19,7 @@ from llmopt.exporters.onnx.divergence import first_divergence, relative_errors
 from llmopt.exporters.onnx.lowering import Stage, stages
 from llmopt.exporters.onnx.sessions import Sessions
 from llmopt.optimizer.decoder import Decoder, Layer
-from llmopt.optimizer.errors import MissingExtraError, VerificationError
+from llmopt.optimizer.errors import MissingExtraError, VerificationError, is_out_of_memory
 from llmopt.optimizer.model import DenseWeight, Model, QuantWeight, Weight
 from llmopt.optimizer.target import Target
 
@@ -136,6 +136,8 @@ class _Layer:
         except MissingExtraError:
             raise
         except Exception as error:  # ONNX Runtime's have no common base
+            if is_out_of_memory(error):
+                raise
             where = "the standard graph" if name == "standard" else f"the graph behind {name}"
             raise VerificationError(
                 f"layer {self.i}: ONNX Runtime does not run {where}: {error}", hint=_hint(name)

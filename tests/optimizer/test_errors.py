@@ -57,6 +57,7 @@ def _library_error(module: str, text: str) -> Exception:
         (ImportError("libx.so: failed to map segment from shared object"), True),
         (_library_error("onnxruntime.capi.onnxruntime_pybind11_state", "Failed to allocate memory for buffer"), True),
         (_library_error("onnxruntime.capi.onnxruntime_pybind11_state", "std::bad_alloc"), True),
+        (_library_error("onnxruntime.capi.onnxruntime_pybind11_state", "pthread_create failed, error code: 11"), True),
         (_library_error("safetensors._safetensors_rust", "Cannot allocate memory (os error 12)"), True),
         (_library_error("onnxruntime.capi.onnxruntime_pybind11_state", "invalid graph"), False),
         (_library_error("somewhere", "out of memory"), False),

@@ -8,6 +8,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
+from llmopt.exporters.onnx.sessions import Sessions
 from llmopt.exporters.onnx.verify import _quick, verify_lowering
 from llmopt.optimizer.decoder import Norm
 from llmopt.optimizer.errors import MissingExtraError, VerificationError
@@ -288,6 +289,15 @@ def test_a_graph_that_does_not_run_is_blamed_on_the_pass_that_made_it(model_of, 
     with pytest.raises(VerificationError, match=message) as caught:
         verified(model_of(num_hidden_layers=1))
     assert "that graph pass" in caught.value.hint
+
+
+def test_memory_that_runs_out_is_no_mistake_of_a_pass(model_of, monkeypatch):
+    def fail(self, graph):
+        raise MemoryError
+
+    monkeypatch.setattr(Sessions, "open", fail)
+    with pytest.raises(MemoryError):
+        verified(model_of(num_hidden_layers=1))
 
 
 FAMILIES = ["gemma3", "gpt2", "gpt_neox", "falcon-40b", "opt-350m", "phi3-longrope", "smollm3", "mixtral-window"]
