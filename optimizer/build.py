@@ -1,6 +1,5 @@
 """``llmopt build`` as one path: recipe in, directory with engine, measurements and verdict out."""
 
-import resource
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from llmopt.optimizer.build_record import RECORD_NAME, BuildRecord
 from llmopt.optimizer.cache import digest_of, locked, publish
 from llmopt.optimizer.contents import layers_of, sizes_of
 from llmopt.optimizer.contracts import PassContext
-from llmopt.optimizer.errors import InputError, ResourceError, is_out_of_memory
+from llmopt.optimizer.errors import InputError, ResourceError
 from llmopt.optimizer.gates import Gate
 from llmopt.optimizer.manifest import (
     MANIFEST_NAME,
@@ -28,6 +27,7 @@ from llmopt.optimizer.manifest import (
     Verdict,
     sha256_of,
 )
+from llmopt.optimizer.memory_limit import memory_limit
 from llmopt.optimizer.model import Model, QuantWeight
 from llmopt.optimizer.model_check import check_model
 from llmopt.optimizer.pipeline import run_passes
@@ -72,7 +72,8 @@ def build(
 
     record = BuildRecord()
     torch.set_num_threads(recipe.resources.thread_count)
-    with _exclusive(output, cache, force=force), publish(output.resolve()) as directory, _memory_limit(recipe):
+    limit = memory_limit(recipe.resources.max_ram_gb, threads=recipe.resources.thread_count)
+    with _exclusive(output, cache, force=force), publish(output.resolve()) as directory, limit:
         with record.step("load_model"):
             source = load_model(recipe.model, cache=cache, base=recipe.base, offline=offline)
             _check(recipe, source, output)
@@ -125,30 +126,6 @@ def _exclusive(output: Path, cache: Path, *, force: bool) -> Iterator[None]:
             yield
     except BlockingIOError as error:
         raise InputError(f"another build is writing {output}", hint="wait for it, or use another directory") from error
-
-
-@contextmanager
-def _memory_limit(recipe: Recipe) -> Iterator[None]:
-    """Let allocations beyond ``resources.max_ram_gb`` fail. Files that are only mapped do not count."""
-    limit = recipe.resources.max_ram_gb
-    if limit is None:
-        yield
-        return
-    before = resource.getrlimit(resource.RLIMIT_DATA)
-    lower = [int(limit * 1e9), *(value for value in before if value != resource.RLIM_INFINITY)]
-    resource.setrlimit(resource.RLIMIT_DATA, (min(lower), before[1]))
-    try:
-        yield
-    except Exception as error:
-        # Extension modules whose allocation fails while they are imported raise SystemError.
-        if not is_out_of_memory(error) and not isinstance(error, SystemError):
-            raise
-        raise ResourceError(
-            f"the build needs more memory than resources.max_ram_gb: {limit:g}",
-            hint="raise it; passes that were finished are not run again",
-        ) from error
-    finally:
-        resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 def _check(recipe: Recipe, model: Model, output: Path) -> None:
