@@ -59,8 +59,12 @@ class Tokenizer:
         return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def token_text(self, token: int) -> str:
-        """The text of one token by itself; half a character is a replacement character."""
-        return self.decode([token], skip_special_tokens=False)
+        """The text of one token within a text, with its leading space; half a character is a replacement character."""
+        once = self.decode([token], skip_special_tokens=False)
+        if self._is_byte_level:
+            return once
+        # Decoders that work on words drop a space, or put one, where a text begins.
+        return self.decode([token, token], skip_special_tokens=False)[len(once) :]
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes of one token, also of half a character where the tokenizer works on bytes."""

@@ -11,7 +11,7 @@ from llmopt.runtime.request import Event, Request
 from llmopt.runtime.sampler import TokenLogprob
 from llmopt.runtime.server.answers import Answer, engine_error, event_stream, finite
 from llmopt.runtime.server.models import check_model
-from llmopt.runtime.server.prompts import completion_prompts, make_requests
+from llmopt.runtime.server.prompts import completion_parts, completion_prompts, make_requests
 from llmopt.runtime.server.protocol import CompletionBody, parse
 from llmopt.runtime.server.service import Service
 from llmopt.runtime.text import Tokenizer
@@ -59,7 +59,7 @@ class _Choice:
         self.request = request
         self._index = index
         self._tokenizer = tokenizer
-        self._echo = _echo(request, body, tokenizer) if body.echo else None
+        self._echo = _echo(body, index, tokenizer) if body.echo else None
         self._text = ""
         self._finish: str | None = None
         self._logprobs = _Logprobs(tokenizer) if body.logprobs is not None else None
@@ -88,10 +88,9 @@ class _Choice:
         return {"index": self._index, "text": text, "logprobs": logprobs, "finish_reason": self._finish}
 
 
-def _echo(request: Request, body: CompletionBody, tokenizer: Tokenizer) -> str:
-    if isinstance(body.prompt, str):
-        return body.prompt
-    return tokenizer.decode(request.prompt.tolist(), skip_special_tokens=False)
+def _echo(body: CompletionBody, index: int, tokenizer: Tokenizer) -> str:
+    part = completion_parts(body)[index // body.choices]
+    return part if isinstance(part, str) else tokenizer.decode(part, skip_special_tokens=False)
 
 
 class _Logprobs:

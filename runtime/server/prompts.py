@@ -11,28 +11,30 @@ from llmopt.runtime.server.errors import ApiError
 from llmopt.runtime.server.protocol import ChatBody, CompletionBody, GenerationBody
 from llmopt.runtime.text import TextStream
 
-__all__ = ["chat_prompt", "completion_prompts", "make_requests"]
+__all__ = ["chat_prompt", "completion_parts", "completion_prompts", "make_requests"]
 
 _DEFAULT_COMPLETION_TOKENS = 16  # as in the OpenAI API
 
 
+def completion_parts(body: CompletionBody) -> Sequence[str | list[int]]:
+    """Each prompt as it was sent, in any of the four forms the API allows."""
+    prompt = body.prompt
+    if isinstance(prompt, str):
+        return [prompt]
+    if isinstance(prompt[0], int):
+        return [[token for token in prompt if isinstance(token, int)]]
+    return [part for part in prompt if not isinstance(part, int)]
+
+
 def completion_prompts(body: CompletionBody, build: Build) -> list[list[int]]:
-    """The token ids of each prompt, in all four forms the API allows.
+    """The token ids of each prompt.
 
     Raises:
         ApiError: 400 for an empty prompt or an unknown token.
     """
-    prompt = body.prompt
-    parts: Sequence[str | list[int]]
-    if isinstance(prompt, str):
-        parts = [prompt]
-    elif isinstance(prompt[0], int):
-        parts = [[token for token in prompt if isinstance(token, int)]]
-    else:
-        parts = [part for part in prompt if not isinstance(part, int)]
     prompts = [
         build.tokenizer.encode(part, add_special_tokens=body.add_special_tokens) if isinstance(part, str) else part
-        for part in parts
+        for part in completion_parts(body)
     ]
     vocab = build.backend.engine.vocab_size
     for ids in prompts:

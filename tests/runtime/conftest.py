@@ -168,6 +168,26 @@ def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="session", params=["metaspace", "sequence"])
+def spaced_tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer that, like SentencePiece's, drops the space a text begins with, and puts <s> before it."""
+    decoders = tokenizers.decoders
+    vocabulary = {"<s>": 0, "\u2581Hello": 1, "\u2581world": 2, "<0xE6>": 3}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<s>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    made.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    stripped = [decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    steps = {
+        "metaspace": [decoders.ByteFallback(), decoders.Metaspace()],
+        "sequence": [decoders.Replace("\u2581", " "), *stripped],
+    }
+    made.decoder = decoders.Sequence(steps[request.param])
+    made.add_special_tokens(["<s>"])
+    directory = tmp_path_factory.mktemp("spaced-tokenizer")
+    made.save(str(directory / "tokenizer.json"))
+    return directory
+
+
 def built(model: str, scheme: str | None, output: Path, cache: Path) -> Path:
     from llmopt.optimizer.build import build
     from llmopt.optimizer.progress import Silent

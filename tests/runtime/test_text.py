@@ -3,7 +3,6 @@ import random
 import shutil
 
 import pytest
-import tokenizers
 
 from llmopt.optimizer.errors import InputError
 from llmopt.runtime.text import StopMatcher, TextStream, Tokenizer
@@ -109,18 +108,15 @@ def test_a_missing_or_damaged_tokenizer_is_named(tmp_path):
         Tokenizer(tmp_path)
 
 
-@pytest.fixture
-def spaced_tokenizer(tmp_path):
-    """A tokenizer that, like SentencePiece's, drops the space of the word a text begins with."""
-    vocabulary = {"<unk>": 0, "\u2581Hello": 1, "\u2581world": 2}
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
-    made.decoder = tokenizers.decoders.Metaspace()
-    made.save(str(tmp_path / "tokenizer.json"))
-    return Tokenizer(tmp_path)
-
-
 @pytest.mark.parametrize(("context", "text"), [((), "world"), ((1,), " world")])
 def test_a_completion_keeps_the_space_between_the_prompt_and_its_first_word(spaced_tokenizer, context, text):
-    stream = TextStream(spaced_tokenizer, context=context)
+    stream = TextStream(Tokenizer(spaced_tokenizer), context=context)
     assert stream.push(2) + stream.finish() == text
+
+
+def test_a_token_has_its_leading_space_whatever_decoders_drop_at_the_start_of_a_text(spaced_tokenizer, tokenizer):
+    spaced = Tokenizer(spaced_tokenizer)
+    assert [spaced.token_text(token) for token in (0, 1, 2, 3)] == ["<s>", " Hello", " world", "\ufffd"]
+    assert [spaced.token_bytes(token) for token in (0, 1, 2, 3)] == [b"<s>", b" Hello", b" world", b"\xe6"]
+    (space,) = tokenizer.encode(" ", add_special_tokens=False)
+    assert (tokenizer.token_text(space), tokenizer.token_bytes(space)) == (" ", b" ")

@@ -80,12 +80,12 @@ def client(served) -> Iterator[httpx.Client]:
 
 @pytest.fixture
 def toy_server(byte_tokenizer):
-    """Serves the toy for one test: options of its backend, and what to do before it is loaded."""
+    """Serves the toy for one test: options of its backend, its tokenizer, and what to do before it is loaded."""
 
-    def start(*, wait=True, before_load=lambda: None, **backend):
+    def start(*, wait=True, before_load=lambda: None, tokenizer=byte_tokenizer, **backend):
         def load() -> Build:
             before_load()
-            return toy_build(byte_tokenizer, **backend)
+            return toy_build(tokenizer, **backend)
 
         return serving(load, wait=wait)
 
