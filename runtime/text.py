@@ -1,15 +1,13 @@
 """Text to tokens and back: the tokenizer of a build, text that grows token by token, and stop strings."""
 
-import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 
 from llmopt.optimizer.errors import InputError
-from llmopt.runtime.chat_template import ChatTemplate
+from llmopt.optimizer.tokenizer_config import chat_template, read_object, special_tokens
 
 __all__ = ["StopMatcher", "TextStream", "Tokenizer"]
 
@@ -39,11 +37,9 @@ class Tokenizer:
             raise InputError(f"{path} is damaged: {error}") from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        config = _read_json(directory / "tokenizer_config.json")
-        self.special_tokens = _special_tokens(config)
+        self.special_tokens = special_tokens(directory)
         self.stop_ids = self._stop_ids(directory)
-        template = _template_text(directory, config)
-        self.chat_template = ChatTemplate(template, self.special_tokens) if template is not None else None
+        self.chat_template = chat_template(directory)
 
     @property
     def vocab_size(self) -> int:
@@ -89,7 +85,7 @@ class Tokenizer:
         """All ``eos_token_id`` of generation_config.json, or of config.json, and the tokenizer's own eos token."""
         found: set[int] = set()
         for name in ("config.json", "generation_config.json"):
-            value = _read_json(directory / name).get("eos_token_id")
+            value = read_object(directory / name).get("eos_token_id")
             if value is not None:
                 found = set(value) if isinstance(value, list) else {value}
         eos = self.special_tokens.get("eos_token")
@@ -108,41 +104,6 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 _BYTE_OF = _byte_alphabet()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, or an empty one where the file is missing."""
-    if not path.is_file():
-        return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is damaged: {error}") from error
-    if not isinstance(data, dict):
-        raise InputError(f"{path} is damaged: it is not an object")
-    return data
-
-
-def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
-    """The named special tokens of tokenizer_config.json, each as its text."""
-    found = {}
-    for name, value in config.items():
-        if name.endswith("_token"):
-            content = value.get("content") if isinstance(value, dict) else value
-            if isinstance(content, str):
-                found[name] = content
-    return found
-
-
-def _template_text(directory: Path, config: dict[str, Any]) -> str | None:
-    """The chat template: chat_template.jinja, or the one named default in tokenizer_config.json."""
-    path = directory / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    return template if isinstance(template, str) else None
 
 
 class TextStream:

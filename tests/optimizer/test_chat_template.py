@@ -2,9 +2,8 @@ import datetime as dt
 
 import pytest
 
+from llmopt.optimizer.chat_template import ChatTemplate
 from llmopt.optimizer.errors import InputError
-from llmopt.runtime.chat_template import ChatTemplate
-from llmopt.runtime.text import Tokenizer
 
 MESSAGES = [
     {"role": "system", "content": "Be brief."},
@@ -45,8 +44,11 @@ def test_the_date_is_at_hand():
     assert rendered == str(dt.datetime.now().year)
 
 
-def test_what_a_template_refuses_is_an_input_error(byte_tokenizer):
-    template = Tokenizer(byte_tokenizer).chat_template
+def test_what_a_template_refuses_is_an_input_error():
+    refusing = (
+        "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}{% endfor %}"
+    )
+    template = ChatTemplate(refusing, {})
     with pytest.raises(InputError, match="no tools here"):
         template.render([{"role": "tool", "content": "4"}])
 
