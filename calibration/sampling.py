@@ -24,7 +24,7 @@ from llmopt.optimizer.model import DenseWeight, Model, Weight
 from llmopt.optimizer.tokens import SAMPLED, Tokens
 from llmopt.optimizer.weight_store import WeightStore, save_tensors
 
-__all__ = ["Purpose", "Sampling", "sample_tokens"]
+__all__ = ["Purpose", "Sampling", "sample_tokens", "sampling_key"]
 
 Purpose = Literal["evaluation", "calibration"]
 
@@ -85,8 +85,7 @@ def sample_tokens(
     longest = model.config.get("max_position_embeddings")
     if longest is not None and wanted.tokens > longest:
         raise InputError(f"windows of {wanted.tokens} tokens were asked for, the model's context has {longest}")
-    key = {"sampler": _VERSION, "torch": torch.__version__, "source": model.source.digest, **asdict(wanted)}
-    directory = cache_root() / "samples" / digest_of(key)
+    directory = cache_root() / "samples" / digest_of(sampling_key(model, wanted))
     with locked(directory):
         if not directory.is_dir():
             with publish(directory) as partial:
@@ -96,6 +95,11 @@ def sample_tokens(
                 save_tensors({"ids": ids}, partial / "ids.safetensors")
         ids = load_file(directory / "ids.safetensors")["ids"]
     return Tokens(name=SAMPLED, ids=ids, digest=hashlib.sha256(ids.numpy().tobytes()).hexdigest())
+
+
+def sampling_key(model: Model, wanted: Sampling) -> dict[str, Any]:
+    """Everything that determines the text, as plain data."""
+    return {"sampler": _VERSION, "torch": torch.__version__, "source": model.source.digest, **asdict(wanted)}
 
 
 def _write(model: Model, wanted: Sampling, *, threads: int | None, progress: Callable[[int, int], None]) -> Tensor:

@@ -4,8 +4,8 @@ import hashlib
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 
+from llmopt.calibration.encoding import open_tokenizer
 from llmopt.optimizer.errors import InputError
 from llmopt.optimizer.tokens import Tokens
 
@@ -34,7 +34,7 @@ def read_tokens(path: Path, tokenizer_dir: Path, *, windows: int, tokens: int, n
             f"{path} is not UTF-8 text: byte {error.start} is 0x{content[error.start]:02x}",
             hint="convert it, for example with iconv",
         ) from error
-    ids = _tokenizer(tokenizer_dir).encode(text).ids
+    ids = open_tokenizer(tokenizer_dir).encode(text).ids
     if len(ids) < windows * tokens:
         raise InputError(
             f"{path} has {len(ids)} tokens, {windows} windows of {tokens} need {windows * tokens}",
@@ -49,16 +49,6 @@ def _content(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise InputError(f"cannot read the text {path}: {error.strerror}") from error
-
-
-def _tokenizer(directory: Path) -> Tokenizer:
-    path = directory / "tokenizer.json"
-    if not path.is_file():
-        raise InputError(f"{directory} has no tokenizer.json, so no text can be read for it")
-    tokenizer = Tokenizer.from_file(str(path))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
 
 
 def _fit(found: int, tokens: int) -> str:

@@ -11,6 +11,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from llmopt.calibration.data import checked_calibration
 from llmopt.calibration.same_function import verify_same_function
 from llmopt.calibration.sampling import Sampling, sample_tokens
 from llmopt.calibration.texts import read_tokens
@@ -176,11 +177,15 @@ def bisect(
         _check(recipe, model, text)
     with progress.step("texts") as tick:
         tokens = _tokens(text, model, seed=recipe.seed, threads=threads, tick=tick)
+        calibration = checked_calibration(recipe, model, [tokens], cache=cache, offline=offline, progress=tick)
     started = time.monotonic()
     with progress.step("source model"):
         yardstick = Yardstick(model, tokens.ids, threads=threads)
     source = Step("source model", "source", True, None, 0.0, 1.0, 0.0, None, time.monotonic() - started)
-    runs = _runs(recipe, model, stages, tokens.ids, threads=threads, cache=cache, progress=progress)
+    passes = each_pass(
+        model, recipe, cache=cache, progress=progress, calibration=calibration, verifier=verify_same_function
+    )
+    runs = _runs(passes, model, stages, tokens.ids, threads=threads)
     return Bisection(model.source.spec, tokens, (source, *_measured(runs, yardstick, progress)))
 
 
@@ -208,18 +213,15 @@ class _Run:
 
 
 def _runs(
-    recipe: Recipe,
+    passes: Iterator[tuple[Model, PassRecord]],
     model: Model,
     stages: Callable[[Model], Iterator[Stage]],
     ids: Tensor,
     *,
     threads: int,
-    cache: Path,
-    progress: Progress,
 ) -> Iterator[_Run]:
     """Every execution of the recipe's model, made when it is asked for."""
     behind = model
-    passes = each_pass(model, recipe, cache=cache, progress=progress, verifier=verify_same_function)
     for behind, record in passes:
         logits = partial(model_logits, behind, ids, threads=threads)
         yield _Run(record.name, "weight pass", record.changed, None, logits)

@@ -36,6 +36,7 @@ from llmopt.optimizer.recipe import Recipe
 from llmopt.optimizer.sources import load_model
 
 if TYPE_CHECKING:
+    from llmopt.calibration.data import CalibrationData
     from llmopt.optimizer.tokens import Tokens
 
 __all__ = ["build"]
@@ -79,8 +80,16 @@ def build(
             _check(recipe, source, output)
         with record.step("texts"):
             texts = _texts(recipe, recipe.accept, source, progress)
+            calibration = _calibration(recipe, source, texts, cache, progress, offline=offline)
         with record.step("passes"):
-            model, passes = run_passes(source, recipe, cache=cache, progress=progress, verifier=verify_same_function)
+            model, passes = run_passes(
+                source,
+                recipe,
+                cache=cache,
+                progress=progress,
+                calibration=calibration,
+                verifier=verify_same_function,
+            )
         with record.step("export"):
             engines, graph_passes = _export(recipe, model, directory, progress)
             _copy_tokenizer(model, directory)
@@ -92,6 +101,7 @@ def build(
             source=SourceEntry(spec=source.source.spec, digest=source.source.digest, files=dict(source.source.files)),
             recipe=recipe.resolved(),
             architecture=model.arch.name,
+            calibration=None if calibration is None else calibration.entry(),
             layers=layers_of(model, passes),
             sizes=sizes_of(model),
             passes=passes,
@@ -190,6 +200,24 @@ def _texts(recipe: Recipe, gates: Sequence[Gate], source: Model, progress: Progr
         return texts_for(
             gates, source, base=recipe.base, seed=recipe.seed, threads=recipe.resources.thread_count, progress=tick
         )
+
+
+def _calibration(
+    recipe: Recipe, source: Model, texts: "list[Tokens]", cache: Path, progress: Progress, *, offline: bool
+) -> "CalibrationData | None":
+    """The text that passes will look at, made before any of them runs; None where none does.
+
+    Raises:
+        InputError: It cannot be used, or the build would be judged on it.
+    """
+    from llmopt.calibration.data import checked_calibration
+
+    if not recipe.needs_calibration:
+        if recipe.calibration is not None:
+            progress.note("calibration: no pass of this recipe looks at text, so it is not read")
+        return None
+    with progress.step("calibration text") as tick:
+        return checked_calibration(recipe, source, texts, cache=cache, offline=offline, progress=tick)
 
 
 def _measure(

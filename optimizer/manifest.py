@@ -15,6 +15,7 @@ from llmopt.optimizer.errors import InputError, VerificationError
 __all__ = [
     "MANIFEST_NAME",
     "SCHEMA",
+    "CalibrationEntry",
     "Engine",
     "FileEntry",
     "GateResult",
@@ -119,6 +120,17 @@ class SourceEntry(_Entry):
     files: dict[str, str]
 
 
+class CalibrationEntry(_Entry):
+    """The text that passes looked at."""
+
+    name: str = Field(description="The source as in the recipe, or 'sampled' for text sampled from the source model.")
+    digest: str = Field(description="sha256 of the source's file, or of the sampled tokens.")
+    samples: int
+    tokens: int
+    packing: Literal["concat", "pad"]
+    seed: int
+
+
 class FileEntry(_Entry):
     """Size and digest of a file of the build."""
 
@@ -135,6 +147,7 @@ class Manifest(_Entry):
     source: SourceEntry
     recipe: dict[str, Any]
     architecture: str
+    calibration: CalibrationEntry | None = Field(None, description="None where no pass looked at text.")
     layers: list[Layer]
     sizes: dict[str, dict[str, int]] = Field({}, description="Part of the model -> scheme or dtype -> bytes.")
     passes: list[PassRecord]

@@ -12,28 +12,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt
 
+from llmopt.optimizer.calibration import Calibration
 from llmopt.optimizer.contracts import Exporter, WeightPass
 from llmopt.optimizer.errors import InputError, Problem, RecipeError
 from llmopt.optimizer.gates import Gate
 from llmopt.optimizer.recipe_errors import shown
 from llmopt.optimizer.recipe_text import Document, parse
 
-__all__ = ["Calibration", "NamedExporter", "NamedPass", "Recipe", "Resources", "Settings"]
+__all__ = ["NamedExporter", "NamedPass", "Recipe", "Resources", "Settings"]
 
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Calibration(_Part):
-    """The text that passes look at."""
-
-    source: Path | None = Field(
-        None, description="A .jsonl or text file, relative to the recipe; omitted: text sampled from the model."
-    )
-    field: str = Field("text", min_length=1, description="The field of each line of a .jsonl file.")
-    samples: PositiveInt = Field(128, description="How many pieces of text.")
-    tokens: PositiveInt = Field(1024, ge=2, description="Tokens per piece.")
 
 
 class Resources(_Part):
@@ -130,6 +120,11 @@ class Recipe(Settings):
         from llmopt.optimizer.recipe_schema import json_schema
 
         return json_schema()
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether any pass looks at text."""
+        return any(step.instance.needs_calibration for step in self.passes)
 
     def resolved(self) -> dict[str, Any]:
         """The recipe with every default filled in, as plain data that is equal for equal recipes.

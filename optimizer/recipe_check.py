@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from llmopt.optimizer.calibration import is_dataset
 from llmopt.optimizer.contracts import QuantPass
 from llmopt.optimizer.recipe import NamedExporter, NamedPass, Recipe, Settings
 from llmopt.optimizer.recipe_errors import shown, validated
@@ -107,6 +108,8 @@ def _check_files(document: Document, base: Path) -> None:
         if not isinstance(name, str) or "${" in name:
             continue
         file = base / name
+        if not file.is_file() and path[0] == "calibration" and is_dataset(name):
+            continue
         if not file.is_file():
             what = f"{name} is a directory" if file.is_dir() else f"there is no file {name}"
             document.problems.append(document.problem(path, what, f"paths are relative to {base.resolve()}"))

@@ -140,7 +140,7 @@ def test_all_keys_of_the_design_are_accepted(load, tmp_path: Path) -> None:
     )
     assert recipe.accept[1].max_increase == pytest.approx(0.03)
     assert recipe.resources.max_ram_gb == 12
-    assert recipe.calibration.source == Path("chat.jsonl")
+    assert recipe.calibration.source == "chat.jsonl"
 
 
 def test_the_resolved_recipe_is_plain_deterministic_and_a_recipe_itself(load, tmp_path: Path) -> None:
