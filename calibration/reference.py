@@ -90,6 +90,7 @@ class Reference:
                 self._load(part)
         self._filled.clear()  # these stay
         self._in_tuples = self._layers_return_tuples()
+        self._rotate_inputs()
         self._quantize_activations()
         if resident:
             for part in (decoder.embedding, *(layer.name for layer in decoder.layers), decoder.head):
@@ -255,6 +256,13 @@ class Reference:
             )
         return weight
 
+    def _rotate_inputs(self) -> None:
+        """Multiply what enters linears with an online rotation by it, from now on; before it is rounded."""
+        for module in self.model.linears():
+            rotation = self.model.input_rotation(module)
+            if rotation is not None:
+                _rotate_inputs(self._module(module), rotation.dense().to(self.dtype))
+
     def _quantize_activations(self) -> None:
         """Round what enters linears whose scheme says so, from now on."""
         stacked = {
@@ -318,6 +326,16 @@ class Reference:
         """Embeddings of n sequences of t tokens, where only their shape counts."""
         width = self._module(self.model.decoder.embedding).weight.shape[1]
         return torch.zeros(n, t, width, dtype=self.dtype)
+
+
+def _rotate_inputs(linear: nn.Module, rotation: Tensor) -> None:
+    """Multiply what enters ``linear`` by ``rotation`` ``[b, b]``, each b columns by themselves, from now on."""
+
+    def rotated(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x = inputs[0]
+        return (x.reshape(*x.shape[:-1], -1, len(rotation)) @ rotation).reshape(x.shape), *inputs[1:]
+
+    linear.register_forward_pre_hook(rotated)
 
 
 def _quantize_inputs(linear: nn.Module, spec: QuantSpec) -> None:

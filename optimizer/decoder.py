@@ -117,6 +117,11 @@ class Mlp:
         return tuple(name for name in (self.gate, self.up, self.packed) if name is not None)
 
     @property
+    def readers(self) -> tuple[str, ...]:
+        """The same: nothing else reads it."""
+        return self.inputs
+
+    @property
     def linears(self) -> tuple[str, ...]:
         """All linears in data order."""
         return (*self.inputs, self.down)
@@ -141,6 +146,11 @@ class Experts:
     def inputs(self) -> tuple[str, ...]:
         """The linears that read the mixture's input, in data order."""
         return tuple(name for expert in self.experts for name in expert[:2])
+
+    @property
+    def readers(self) -> tuple[str, ...]:
+        """The same and the router: everything that reads it."""
+        return (self.router, *self.inputs)
 
     @property
     def linears(self) -> tuple[str, ...]:

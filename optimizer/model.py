@@ -243,6 +243,13 @@ class Model:
             return f"{self.arch.embedding}.weight"
         return f"{module}.weight"
 
+    def input_rotation(self, module: str) -> Weight | None:
+        """The orthogonal float32 ``[b, b]`` that what enters ``module`` is multiplied with first, block by block.
+
+        Then the module's weight is that of the rotated input: ``y = (x R) (W R)^T``. None where nothing is rotated.
+        """
+        return self.weights.get(f"{module}.input_rotation")
+
     def linears(self) -> list[str]:
         """Module names of every linear layer in data order, the head last."""
         return list(self.decoder.linears)

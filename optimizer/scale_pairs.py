@@ -64,7 +64,7 @@ def layer_pairs(model: Model, index: int) -> list[ScalePair]:
     """The pairs of decoder layer ``index``, in data order.
 
     A norm whose output the residual stream takes too, or that stands behind a branch (OLMo 2, OPT-350m), makes none;
-    nor does an up projection whose outputs go through another activation than ReLU.
+    nor does an up projection whose outputs go through another activation than ReLU, or through an online rotation.
     """
     layer = model.decoder.layers[index]
     pairs = [_norm_pair(model, norm, readers) for norm, readers in _norms(layer)]
@@ -72,7 +72,7 @@ def layer_pairs(model: Model, index: int) -> list[ScalePair]:
     if isinstance(layer.mlp, Experts):
         for _, up, down in layer.mlp.experts:
             pairs.append(_up_pair(model, up, down, packed=False))
-    elif (name := _scalable_up(layer.mlp)) is not None:
+    elif (name := _scalable_up(layer.mlp)) is not None and model.input_rotation(layer.mlp.down) is None:
         pairs.append(_up_pair(model, name, layer.mlp.down, packed=name == layer.mlp.packed))
     return pairs
 
@@ -160,10 +160,9 @@ def _row_factors(pair: ScalePair, scale: Tensor, rows: int) -> Tensor:
 
 def _norms(layer: Layer) -> list[tuple[Norm, tuple[str, ...]]]:
     """Each norm that only linears read, with these linears."""
-    mlp = layer.mlp.inputs if isinstance(layer.mlp, Mlp) else (layer.mlp.router, *layer.mlp.inputs)
     if layer.attention_in is not None and layer.attention_in == layer.mlp_in:
-        return [(layer.attention_in, (*layer.attention.inputs, *mlp))]
-    pairs = ((layer.attention_in, layer.attention.inputs), (layer.mlp_in, mlp))
+        return [(layer.attention_in, (*layer.attention.inputs, *layer.mlp.readers))]
+    pairs = ((layer.attention_in, layer.attention.inputs), (layer.mlp_in, layer.mlp.readers))
     return [(norm, readers) for norm, readers in pairs if norm is not None]
 
 

@@ -8,9 +8,9 @@ import torch
 from pydantic import Field
 
 from llmopt.optimizer.contracts import PassContext, WeightPass
-from llmopt.optimizer.errors import PassError
-from llmopt.optimizer.model import Model, QuantWeight, Weight
+from llmopt.optimizer.model import Model, Weight
 from llmopt.optimizer.scale_pairs import ScalePair, head_pairs, layer_pairs, scaled
+from llmopt.passes._preparing import refuse_quantized
 
 __all__ = ["Rescale"]
 
@@ -31,12 +31,7 @@ class Rescale(WeightPass):
 
     def requires(self, model: Model) -> None:
         """See ``WeightPass.requires``."""
-        for name, weight in model.weights.items():
-            if isinstance(weight, QuantWeight):
-                raise PassError(
-                    f"{name} is already quantized to {weight.scheme.name}",
-                    hint="put rescale before the quantizing pass",
-                )
+        refuse_quantized(model, "rescale")
 
     def run(self, model: Model, context: PassContext) -> Model:
         """See ``WeightPass.run``. Records how many scales of each kind were moved."""

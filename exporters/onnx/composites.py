@@ -16,6 +16,7 @@ __all__ = [
     "activated",
     "experts",
     "quantize_dequantize_per_token",
+    "rotate_blocks",
     "select_rows",
     "sliding_window_mask",
     "slot_attention",
@@ -55,6 +56,16 @@ def quantize_dequantize_per_token() -> ir.Function:
     quantized = builder.op("QuantizeLinear", builder.op("Div", x, largest), scale, zero)
     y = builder.op("Mul", builder.op("DequantizeLinear", quantized, scale, zero), largest, name="y")
     return _function("QuantizeDequantizePerToken", [x], [y], builder, [])
+
+
+def rotate_blocks() -> ir.Function:
+    """``RotateBlocks(x, rotation) -> y``: float32 ``[..., columns]``, each b columns times ``rotation`` ``[b, b]``."""
+    builder = GraphBuilder()
+    x, rotation = _values("x", "rotation")
+    width = builder.op("Shape", rotation, start=0, end=1)
+    blocks = builder.op("Reshape", x, builder.op("Concat", _ints(builder, -1), width, axis=0))
+    y = builder.op("Reshape", builder.op("MatMul", blocks, rotation), builder.op("Shape", x), name="y")
+    return _function("RotateBlocks", [x, rotation], [y], builder, [])
 
 
 def select_rows() -> ir.Function:

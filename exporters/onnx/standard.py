@@ -253,12 +253,21 @@ class _Graph:
         bias = self.model.weights.get(f"{module}.bias")
         if order is not None:
             weight, bias = reordered(weight, order), None if bias is None else reordered(bias, order)
+        x = self._rotated_input(module, x)
         if isinstance(weight, QuantWeight) and weight.scheme.input_activations is not None:
             x = self._round_activations(x)
         y = self.builder.op("MatMul", x, linear_weight(self.builder, module, weight), name=f"{module}.output")
         if bias is None:
             return y
         return self.builder.op("Add", y, vector(self.builder, f"{module}.bias", bias), name=f"{module}.biased")
+
+    def _rotated_input(self, module: str, x: ir.Value) -> ir.Value:
+        """``x`` times the module's online rotation, where it has one."""
+        rotation = self.model.input_rotation(module)
+        if rotation is None:
+            return x
+        matrix = table(self.builder, f"{module}.input_rotation", rotation)
+        return self._composite(composites.rotate_blocks(), x, matrix, name=f"{x.name}.turned")
 
     def _round_activations(self, x: ir.Value) -> ir.Value:
         """``x`` rounded per token, once for all linears that read it."""

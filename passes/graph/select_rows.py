@@ -70,6 +70,7 @@ _ROW_WISE: Mapping[tuple[str, str], Callable[[ir.Node], _Rows]] = {
     ("", "MatMul"): _of_product,
     ("", "Split"): _of_split,
     (_DOMAIN, "QuantizeDequantizePerToken"): _always(0),
+    (_DOMAIN, "RotateBlocks"): _always(0),
     (_DOMAIN, "Experts"): _always(0, 1),  # a token's row and its scores
 }
 

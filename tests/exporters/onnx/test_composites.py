@@ -12,6 +12,7 @@ from llmopt.exporters.onnx.composites import (
     OPSET,
     experts,
     quantize_dequantize_per_token,
+    rotate_blocks,
     select_rows,
     sliding_window_mask,
     slot_attention,
@@ -74,6 +75,14 @@ def test_a_token_of_zeros_stays_zeros(numbers):
     (found,) = run(quantize_dequantize_per_token(), {"x": x})
     assert (found[0, 1] == 0).all()
     assert np.isfinite(found).all()
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 24), (5, 24), (1, 1, 8)])
+def test_columns_are_rotated_block_by_block(numbers, shape):
+    x, rotation = numbers(*shape), numbers(8, 8)
+    (found,) = run(rotate_blocks(), {"x": x, "rotation": rotation})
+    expected = x @ np.kron(np.eye(shape[-1] // 8, dtype=np.float32), rotation)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_rows_count_through_batch_and_tokens(numbers):
