@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import DynamicCache
 
-from llmopt.calibration.reference import Reference
+from llmopt.calibration.reference import Reference, fast_dtype
 from llmopt.optimizer.cache import cache_root, digest_of, locked, publish
 from llmopt.optimizer.errors import InputError
 from llmopt.optimizer.model import DenseWeight, Model, Weight
@@ -104,7 +104,7 @@ def sampling_key(model: Model, wanted: Sampling) -> dict[str, Any]:
 
 def _write(model: Model, wanted: Sampling, *, threads: int | None, progress: Callable[[int, int], None]) -> Tensor:
     """The windows, int64 ``[windows, tokens]``."""
-    reference = Reference(model, threads=threads, resident=_stays_in_memory(model), dtype=_dtype())
+    reference = Reference(model, threads=threads, resident=_stays_in_memory(model), dtype=fast_dtype())
     generator = wanted.generator
     first, ends = _first_token(model.config), _end_tokens(model.config)
     batches = []
@@ -129,7 +129,7 @@ def _stays_in_memory(model: Model) -> bool:
     """Whether the weights are few enough to be kept; otherwise each step reads them, as long as nothing else needs the
     memory from the system's cache of the file.
     """
-    return sum(prod(weight.shape) for weight in model.weights.values()) * _dtype().itemsize <= _RESIDENT_BYTES
+    return sum(prod(weight.shape) for weight in model.weights.values()) * fast_dtype().itemsize <= _RESIDENT_BYTES
 
 
 def _ready_to_decode(model: Model, directory: Path) -> Model:
@@ -140,7 +140,7 @@ def _ready_to_decode(model: Model, directory: Path) -> Model:
     if _stays_in_memory(model) or not any(name.endswith(".gguf") for name in model.source.files):
         return model
     directory.mkdir()
-    store, dtype = WeightStore(directory), _dtype()
+    store, dtype = WeightStore(directory), fast_dtype()
     unpacked: dict[str, Weight] = {}
     for name, weight in model.weights.items():
         values = torch.cat([block.to(dtype) for block in weight.dense_blocks()])
@@ -176,10 +176,3 @@ def _end_tokens(config: Mapping[str, Any]) -> Tensor:
     ends = config.get("eos_token_id")
     listed = [] if ends is None else ends if isinstance(ends, list) else [ends]
     return torch.tensor(listed, dtype=torch.int64)
-
-
-def _dtype() -> torch.dtype:
-    """bfloat16 where the CPU computes with it: twice as fast, and as good for text that is sampled anyway."""
-    capabilities = torch.cpu.get_capabilities()
-    fast = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-    return torch.bfloat16 if fast else torch.float32

@@ -185,6 +185,21 @@ class Layer:
         """All linears that may be quantized, in data order."""
         return (*self.attention.linears, *self.mlp.linears)
 
+    @property
+    def stages(self) -> tuple[tuple[tuple[str, ...], ...], ...]:
+        """The same in the order they are computed: linears of one stage need nothing of one another.
+
+        Within a stage those that read the same rows are together; an expert's rows are its own.
+        """
+        entering: tuple[tuple[str, ...], ...] = (self.mlp.inputs,)
+        leaving: tuple[tuple[str, ...], ...]
+        if isinstance(self.mlp, Experts):
+            entering = tuple(expert[:2] for expert in self.mlp.experts)
+            leaving = tuple(expert[2:] for expert in self.mlp.experts)
+        else:
+            leaving = ((self.mlp.down,),)
+        return ((self.attention.inputs,), ((self.attention.output,),), entering, leaving)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoder:

@@ -240,6 +240,26 @@ def test_experts_with_quantized_weights_compute_with_what_the_integers_stand_for
     assert not close_to(found, Reference(model).logits(ids))
 
 
+@pytest.mark.parametrize("scheme", ["W8A8", "W8A16"])
+@pytest.mark.parametrize("family_name", ["llama", "gpt2", "mixtral", "phi3"])
+def test_an_updated_layer_computes_as_a_model_that_had_these_weights_from_the_start(family_name, scheme, loaded):
+    model, _ = loaded(family_name)
+    layer = model.decoder.layers[1]
+    linears = layer.attention.linears if scheme == "W8A8" else layer.linears
+    first, rest = ({f"{m}.weight": int8(model.weights[f"{m}.weight"].dense(), scheme) for m in part}
+                   for part in (linears[:1], linears[1:]))  # fmt: skip
+    reference = Reference(model)
+    hidden = reference.layer(0, reference.embed(IDS))
+    before = reference.layer(1, hidden)
+    for weights in (first, first, rest):  # also a second time, and while the layer is in memory
+        reference.update(weights)
+        found = reference.layer(1, hidden)
+    expected = Reference(model.with_weights(first | rest)).layer(1, hidden)
+    assert torch.equal(found, expected)
+    assert not torch.allclose(found, before, **CLOSE)
+    assert torch.equal(reference.logits(IDS), Reference(model.with_weights(first | rest)).logits(IDS))
+
+
 def test_experts_with_quantized_inputs_are_refused(loaded):
     model, _ = loaded("mixtral")
     name = "model.layers.1.block_sparse_moe.experts.2.w1"

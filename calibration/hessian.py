@@ -1,0 +1,56 @@
+"""What calibration says about a linear: the weighted second moments of its inputs, in one place for every pass."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+__all__ = ["Moments", "TokenWeighting"]
+
+TokenWeighting = Literal["none", "inverse_norm", "unit_norm"]
+"""The weight of a token's row x: 1, 1/|x|, or 1/|x|^2, which makes all rows equally long."""
+
+_POWER = {"none": 0.0, "inverse_norm": 0.5, "unit_norm": 1.0}
+
+
+class Moments:
+    """Second moments of a linear's input: ``H``, the sum of w x x^T over tokens, float64 ``[in, in]``.
+
+    In the first tokens of a text a few channels are hundreds of times larger than anywhere else (attention sinks). With
+    equal weights these tokens are all that H knows; weighting by the norm makes every token count.
+
+    With pairs it also holds ``cross``, the sum of w (x' - x) x^T, where x' is the same row in the float model.
+
+    Args:
+        columns: Width of the input.
+        weighting: See ``TokenWeighting``; the norm is that of x.
+        paired: Whether ``add`` is given the float model's rows.
+    """
+
+    def __init__(self, columns: int, *, weighting: TokenWeighting = "none", paired: bool = False) -> None:
+        self.matrix = torch.zeros(columns, columns, dtype=torch.float64)
+        self.cross = torch.zeros(columns, columns, dtype=torch.float64) if paired else None
+        self.tokens = 0
+        self._power = _POWER[weighting]
+
+    def add(self, rows: Tensor, exact: Tensor | None = None) -> None:
+        """Count some tokens.
+
+        Args:
+            rows: float32 ``[tokens, in]``, multiplied in float32 and summed in float64.
+            exact: The float model's rows, where this is paired.
+        """
+        self.tokens += len(rows)
+        # A root mean square instead of a norm keeps H in the range of float32 whatever the width.
+        size = rows.square().mean(dim=1, keepdim=True).sqrt_().pow_(self._power)
+        size[size == 0] = 1
+        weighted = rows / size
+        self.matrix += weighted.T @ weighted
+        if self.cross is not None:
+            assert exact is not None
+            self.cross += ((exact - rows) / size).T @ weighted
+
+    @property
+    def importance(self) -> Tensor:
+        """The diagonal of H: how much each input column counts, float32 ``[in]``."""
+        return self.matrix.diagonal().to(torch.float32)

@@ -1,0 +1,172 @@
+"""Quantizing a decoder layer by layer with data: what every such pass shares, so that it only has to quantize linears.
+
+Each layer is quantized from what enters it behind the quantized ones before it, and every finished layer is on disk:
+a build that was killed continues at the layer it was in.
+"""
+
+import json
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from llmopt.calibration.layerwise import Layerwise, observe_both
+from llmopt.calibration.observe import Observer
+from llmopt.optimizer.cache import publish
+from llmopt.optimizer.contracts import PassContext
+from llmopt.optimizer.decoder import Layer
+from llmopt.optimizer.model import Model, Weight
+from llmopt.optimizer.weight_store import WeightStore, read_weights
+
+__all__ = ["LinearFacts", "Plan", "Stage", "quantize_layers"]
+
+LinearFacts = dict[str, Any]
+"""What is recorded about a linear: name of the fact -> value that JSON can hold."""
+
+_FACTS = "facts.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How the layers are gone through.
+
+    Attributes:
+        modules: The linears to quantize.
+        follow: Whether a layer's input comes from the quantized layers before it; else from the float model.
+        true_sequential: Whether within a layer, too, a linear is quantized behind those before it, as a stage of its
+            own; else all linears of a layer are one stage.
+        twin: Whether stages are also shown what enters in the float model.
+    """
+
+    modules: Collection[str]
+    follow: bool = True
+    true_sequential: bool = True
+    twin: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Linears that are quantized at the same time.
+
+    Attributes:
+        readers: Their names, those that read the same rows together, in data order.
+        working: The text in front of their layer.
+        exact: The same in the float model, where the plan says so.
+        is_last: Whether it is the layer's last stage.
+    """
+
+    readers: tuple[tuple[str, ...], ...]
+    working: Layerwise
+    exact: Layerwise | None
+    is_last: bool
+
+    @property
+    def is_paired(self) -> bool:
+        """Whether the float model's rows can be shown too: not for experts, which get other tokens there."""
+        experts = self.working.reference.model.decoder.expert_linears
+        return self.exact is not None and experts.isdisjoint(name for each in self.readers for name in each)
+
+    def observe(self, observer: Observer) -> None:
+        """Show what enters the first of each of ``readers``; see ``Layerwise.observe``."""
+        self.working.observe([each[0] for each in self.readers], observer)
+
+    def observe_both(self, observer: Callable[[str, Tensor, Tensor], None]) -> None:
+        """Show it beside what enters in the float model; see ``layerwise.observe_both``."""
+        assert self.exact is not None
+        modules = [each[0] for each in self.readers]
+        observe_both(self.working, self.exact, modules, observer, exact_leaves=self.is_last)
+
+
+Quantize = Callable[[Stage], tuple[dict[str, Weight], dict[str, LinearFacts]]]
+
+
+def quantize_layers(
+    model: Model, plan: Plan, context: PassContext, quantize: Quantize
+) -> tuple[dict[str, Weight], dict[str, LinearFacts]]:
+    """Go through all layers in order.
+
+    Args:
+        model: The float model.
+        plan: See ``Plan``.
+        context: Its calibration text is what is run; finished layers lie in its work directory.
+        quantize: Called for each stage; returns the new weights by parameter name, and facts by linear.
+
+    Returns:
+        All new weights, mapped from the context's store, and all facts.
+    """
+    runs = _Runs(model, plan, context)
+    weights: dict[str, Weight] = {}
+    facts: dict[str, LinearFacts] = {}
+    for index, layer in enumerate(model.decoder.layers):
+        made, found = _finished(context.work, index) or _new_layer(layer, plan, runs, quantize, context.work, index)
+        weights |= context.keep(made)
+        facts |= found
+        if index + 1 < model.num_layers:
+            runs.advance(made)
+        context.progress(index + 1, model.num_layers)
+    return weights, facts
+
+
+class _Runs:
+    """The text in front of a layer: in the model as it is being made, and where wanted in the float model."""
+
+    def __init__(self, model: Model, plan: Plan, context: PassContext) -> None:
+        tokens = context.calibration()
+        directory = context.work or Path()
+        self._follow = plan.follow
+        self.working = Layerwise(model, tokens, threads=context.threads, directory=directory)
+        self.exact = Layerwise(model, tokens, threads=context.threads, directory=directory) if plan.twin else None
+
+    def take(self, weights: dict[str, Weight]) -> None:
+        """Have later stages see quantized weights."""
+        if self._follow:
+            self.working.update(weights)
+
+    def advance(self, weights: dict[str, Weight]) -> None:
+        """Go on to the next layer."""
+        self.take(weights)
+        self.working.advance()
+        if self.exact is not None:
+            self.exact.advance()
+
+
+def _new_layer(
+    layer: Layer, plan: Plan, runs: _Runs, quantize: Quantize, work: Path | None, index: int
+) -> tuple[dict[str, Weight], dict[str, LinearFacts]]:
+    weights: dict[str, Weight] = {}
+    facts: dict[str, LinearFacts] = {}
+    for stage in _stages(layer, plan, runs):
+        made, found = quantize(stage)
+        weights |= made
+        facts |= found
+        runs.take(made)
+    if work is None:
+        return weights, facts
+    with publish(work / f"layer-{index:05d}") as partial:
+        store = WeightStore(partial)
+        if weights:
+            store.keep(weights)
+        store.close()
+        (partial / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
+    return _finished(work, index) or (weights, facts)
+
+
+def _finished(work: Path | None, index: int) -> tuple[dict[str, Weight], dict[str, LinearFacts]] | None:
+    """A layer that a build which was killed had finished."""
+    if work is None or not (directory := work / f"layer-{index:05d}").is_dir():
+        return None
+    return read_weights(directory), json.loads((directory / _FACTS).read_text(encoding="utf-8"))
+
+
+def _stages(layer: Layer, plan: Plan, runs: _Runs) -> Iterator[Stage]:
+    stages = [
+        tuple(readers for each in stage if (readers := tuple(name for name in each if name in plan.modules)))
+        for stage in layer.stages
+    ]
+    if not plan.true_sequential:
+        stages = [tuple(readers for stage in stages for readers in stage)]
+    stages = [stage for stage in stages if stage]
+    for stage in stages:
+        yield Stage(stage, runs.working, runs.exact, is_last=stage is stages[-1])

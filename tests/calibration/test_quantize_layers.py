@@ -1,0 +1,151 @@
+"""Going through the layers: what each stage sees, and what a build that was killed leaves for the next."""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmopt.calibration.quantize_layers import Plan, quantize_layers
+from llmopt.calibration.reference import Reference
+from llmopt.optimizer.contracts import PassContext
+from llmopt.optimizer.model import DenseWeight
+from llmopt.optimizer.sources import load_model
+from llmopt.optimizer.tokens import Tokens
+
+IDS = torch.arange(4 * 9).reshape(4, 9) * 5 % 101
+
+
+@pytest.fixture
+def model(pair_of):
+    return pair_of()[0]
+
+
+@pytest.fixture
+def context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Computes in float32, so that results can be compared closely."""
+    monkeypatch.setattr("llmopt.calibration.layerwise.fast_dtype", lambda: torch.float32)
+    tokens = Tokens(name="it", ids=IDS, digest="0")
+    return PassContext(calibration=lambda: tokens, work=tmp_path / "work")
+
+
+class Halving:
+    """Halves every weight, and writes down what entered its linears."""
+
+    def __init__(self, model, *, until=None):
+        self.model = model
+        self.until = until
+        self.seen: dict[str, torch.Tensor] = {}
+        self.exact: dict[str, torch.Tensor] = {}
+        self.stages: list[tuple[tuple[str, ...], ...]] = []
+
+    def __call__(self, stage):
+        self.stages.append(stage.readers)
+        modules = [module for readers in stage.readers for module in readers]
+        if self.until in modules:
+            raise KeyboardInterrupt
+        seen, exact = {}, {}
+        if stage.is_paired:
+            stage.observe_both(lambda module, rows, other: (seen.setdefault(module, []).append(rows),
+                                                            exact.setdefault(module, []).append(other)))  # fmt: skip
+        else:
+            stage.observe(lambda module, rows: seen.setdefault(module, []).append(rows))
+        self.seen |= {module: torch.cat(rows) for module, rows in seen.items()}
+        self.exact |= {module: torch.cat(rows) for module, rows in exact.items()}
+        weights = {f"{module}.weight": self.model.weights[f"{module}.weight"].dense() / 2 for module in modules}
+        return {k: DenseWeight.of(v) for k, v in weights.items()}, {module: {"errors": 0.5} for module in modules}
+
+
+def inputs(model, modules):
+    """What enters linears when the whole model runs."""
+    reference, found = Reference(model, resident=True), {}
+
+    def keep(module, _, given):
+        found[module] = given[0].flatten(0, -2)
+
+    for module in modules:
+        reference.module(module).register_forward_pre_hook(partial(keep, module))
+    reference.hidden_states(IDS)
+    return found
+
+
+def assert_same(found, expected):
+    for module, rows in found.items():
+        torch.testing.assert_close(rows, expected[module], rtol=1e-4, atol=1e-5)
+
+
+def halved(model, modules):
+    return {f"{m}.weight": DenseWeight.of(model.weights[f"{m}.weight"].dense() / 2) for m in modules}
+
+
+def test_each_stage_sees_the_model_with_all_stages_before_it_quantized(model, context) -> None:
+    linears = model.linears()[:-1]
+    quantize = Halving(model)
+    weights, facts = quantize_layers(model, Plan(modules=linears, twin=True), context, quantize)
+    assert [len(stage[0]) for stage in quantize.stages] == [3, 1, 2, 1] * model.num_layers
+    assert facts == {module: {"errors": 0.5} for module in linears}
+    for stage in quantize.stages:
+        (readers,) = stage
+        before = linears[: linears.index(readers[0])]
+        expected = inputs(model.with_weights(halved(model, before)), [readers[0]])
+        assert_same({readers[0]: quantize.seen[readers[0]]}, expected)
+    assert_same(quantize.exact, inputs(model, quantize.exact))
+    assert weights.keys() == {f"{module}.weight" for module in linears}
+
+
+def test_without_true_sequential_a_layer_is_one_stage(model, context) -> None:
+    linears = model.linears()[:-1]
+    quantize = Halving(model)
+    quantize_layers(model, Plan(modules=linears, true_sequential=False, twin=True), context, quantize)
+    assert len(quantize.stages) == model.num_layers
+    before = [module for layer in model.decoder.layers[:2] for module in layer.linears]
+    expected = inputs(model.with_weights(halved(model, before)), model.decoder.layers[2].linears)
+    assert_same({module: quantize.seen[module] for module in model.decoder.layers[2].linears[::3]}, expected)
+    assert_same(quantize.exact, inputs(model, quantize.exact))
+
+
+def test_inputs_from_the_float_model_do_not_depend_on_what_is_quantized(model, context) -> None:
+    linears = model.linears()[:-1]
+    quantize = Halving(model)
+    quantize_layers(model, Plan(modules=linears, follow=False), context, quantize)
+    assert_same(quantize.seen, inputs(model, quantize.seen))
+
+
+def test_linears_that_are_left_alone_are_no_stage(model, context) -> None:
+    wanted = [model.decoder.layers[1].mlp.down, model.decoder.layers[1].attention.key]
+    quantize = Halving(model)
+    weights, _ = quantize_layers(model, Plan(modules=wanted, twin=True), context, quantize)
+    assert quantize.stages == [((wanted[1],),), ((wanted[0],),)]
+    assert weights.keys() == {f"{module}.weight" for module in wanted}
+
+
+@pytest.mark.parametrize("twin", [False, True])
+@pytest.mark.parametrize("follow", [False, True])
+def test_a_killed_run_goes_on_at_the_layer_it_was_in(model, context, tmp_path: Path, twin, follow) -> None:
+    linears = model.linears()[:-1]
+    plan = Plan(modules=linears, twin=twin, follow=follow)
+    whole = Halving(model)
+    expected = quantize_layers(model, plan, replace(context, work=tmp_path / "another"), whole)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_layers(model, plan, context, Halving(model, until=model.decoder.layers[1].mlp.down))
+    rest = Halving(model)
+    weights, facts = quantize_layers(model, plan, context, rest)
+    assert len(rest.stages) == 8
+    for module, rows in rest.seen.items():
+        assert torch.equal(rows, whole.seen[module])
+    for module, rows in rest.exact.items():
+        assert torch.equal(rows, whole.exact[module])
+    assert facts == expected[1]
+    for name, weight in expected[0].items():
+        assert torch.equal(weights[name].dense(), weight.dense())
+
+
+def test_experts_are_stages_of_their_own_rows(family_of, context, tmp_path: Path) -> None:
+    model = load_model(str(family_of("mixtral")), cache=tmp_path)
+    quantize = Halving(model)
+    quantize_layers(model, Plan(modules=model.linears()[:-1], twin=True), context, quantize)
+    mlp = model.decoder.layers[0].mlp
+    assert quantize.stages[2:4] == [tuple(e[:2] for e in mlp.experts), tuple(e[2:] for e in mlp.experts)]
+    assert mlp.experts[0][0] not in quantize.exact
+    assert sum(len(quantize.seen[expert[0]]) for expert in mlp.experts) == IDS.numel() * mlp.top_k

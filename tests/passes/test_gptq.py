@@ -1,0 +1,145 @@
+"""GPTQ as a pass: what it does to a model, from what it is told, and what it refuses."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from llmopt.calibration.reference import Reference
+from llmopt.optimizer.contracts import PassContext
+from llmopt.optimizer.errors import PassError
+from llmopt.optimizer.model import DenseWeight, QuantWeight
+from llmopt.optimizer.sources import load_model
+from llmopt.optimizer.tokens import Tokens
+from llmopt.passes.gptq import Gptq
+from llmopt.passes.round_to_nearest import RoundToNearest
+
+IDS = torch.randint(3, 101, (48, 24), generator=torch.Generator().manual_seed(0))
+OTHER = torch.randint(3, 101, (8, 24), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def context(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("llmopt.calibration.layerwise.fast_dtype", lambda: torch.float32)
+    tokens = Tokens(name="it", ids=IDS, digest="0")
+    details: dict[str, dict[str, float]] = {}
+    made = PassContext(calibration=lambda: tokens, detail=details.__setitem__)
+    return made, details
+
+
+@pytest.fixture
+def model_of(family_of, tmp_path: Path):
+    return lambda name: load_model(str(family_of(name)), cache=tmp_path)
+
+
+def distance(model, quantized):
+    """KL divergence on text that was not calibrated on."""
+    source, found = (Reference(each).logits(OTHER).log_softmax(-1) for each in (model, quantized))
+    return float((source.exp() * (source - found)).sum(-1).mean())
+
+
+def test_every_family_loses_less_than_by_rounding(family_name, model_of, context) -> None:
+    model = model_of(family_name)
+    columns = min(model.weights[model.weight_of(module)].shape[1] for module in model.linears())
+    options = {"scheme": "W4A16", "group_size": 16 if columns % 16 == 0 else -1, "head": "none"}
+    quantized = Gptq(**options).run(model, context[0])
+    rounded = RoundToNearest(**options).run(model, context[0])
+    assert {k for k, w in quantized.weights.items() if isinstance(w, QuantWeight)} == {
+        model.weight_of(module) for module in model.linears()[:-1]
+    }
+    outputs, plain = context[1]["output_errors"], context[1]["output_errors_of_rounding"]
+    assert sum(outputs.values()) < 0.9 * sum(plain.values())
+    assert distance(model, quantized) < distance(model, rounded)
+
+
+def test_the_input_model_is_left_alone_and_the_head_is_rounded(model_of, context) -> None:
+    model = model_of("llama")
+    before = {name: weight.load().clone() for name, weight in model.weights.items()}
+    quantized = Gptq(scheme="W4A16", group_size=16).run(model, context[0])
+    assert all(torch.equal(model.weights[name].load(), value) for name, value in before.items())
+    head = quantized.weights[model.weight_of("lm_head")]
+    rounded = RoundToNearest(scheme="W4A16", group_size=16).run(model, context[0]).weights[model.weight_of("lm_head")]
+    assert torch.equal(head.load().values, rounded.load().values)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"token_weighting": "none"},
+        {"act_order": False},
+        {"damping": 0.5},
+        {"clipping": "none"},
+        {"clipping": "weights"},
+        {"error_propagation": 0.0},
+        {"inputs": "float"},
+        {"true_sequential": False},
+    ],
+    ids=str,
+)
+def test_every_option_changes_the_result(option, model_of, context) -> None:
+    model = model_of("llama")
+    usual = {"scheme": "W4A16", "group_size": 16, "head": "none", "true_sequential": True}
+    found, expected = (Gptq(**(usual | each)).run(model, context[0]) for each in (option, {}))
+    names = [model.weight_of(module) for module in model.linears()[:-1]]
+    assert any(not torch.equal(found.weights[n].load().values, expected.weights[n].load().values) for n in names)
+
+
+@pytest.mark.parametrize("scheme", ["W8A16", "W4A16_ASYM", "W8A8", "W3A16"])
+def test_schemes(scheme, model_of, context) -> None:
+    model = model_of("llama")
+    options = {"scheme": scheme, "head": "none"} | ({"group_size": 16} if scheme in ("W4A16_ASYM", "W3A16") else {})
+    quantized = Gptq(**options).run(model, context[0])
+    rounded = RoundToNearest(**options).run(model, context[0])
+    assert distance(model, quantized) < distance(model, rounded)
+
+
+def test_two_runs_give_the_same_bits(model_of, context) -> None:
+    model = model_of("llama")
+    one, two = (Gptq(scheme="W4A16", group_size=16).run(model, context[0]) for _ in range(2))
+    for name in model.weights:
+        assert torch.equal(one.weights[name].dense(), two.weights[name].dense())
+
+
+def test_a_linear_that_is_never_activated_is_rounded_and_named(model_of, context) -> None:
+    from dataclasses import replace
+
+    model = model_of("llama")
+    name = "model.layers.1.mlp.up_proj.weight"
+    dead = model.with_weights({name: DenseWeight.of(torch.zeros_like(model.weights[name].load()))})
+    told: list[str] = []
+    quantized = Gptq(scheme="W4A16", group_size=16).run(dead, replace(context[0], fallback=told.append))
+    assert told == ["no calibration token activates model.layers.1.mlp.down_proj: it is rounded to nearest"]
+    down = "model.layers.1.mlp.down_proj.weight"
+    rounded = RoundToNearest(scheme="W4A16", group_size=16).run(dead, context[0])
+    assert torch.equal(quantized.weights[down].load().values, rounded.weights[down].load().values)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_weight_that_is_not_finite_is_named(value, model_of, context) -> None:
+    model = model_of("llama")
+    name = "model.layers.1.mlp.down_proj.weight"
+    damaged = model.weights[name].load().clone()
+    damaged[3, 5] = value
+    with pytest.raises(PassError, match=f"{name} has values that are not finite"):
+        Gptq(scheme="W4A16", group_size=16).run(model.with_weights({name: DenseWeight.of(damaged)}), context[0])
+
+
+def test_activations_that_are_not_finite_are_named(model_of, context) -> None:
+    model = model_of("llama")
+    name = "model.layers.1.input_layernorm.weight"
+    damaged = model.with_weights({name: DenseWeight.of(model.weights[name].load() * torch.inf)})
+    with pytest.raises(PassError, match=r"what enters model\.layers\.1\.self_attn\.q_proj has values"):
+        Gptq(scheme="W4A16", group_size=16).run(damaged, context[0])
+
+
+def test_error_propagation_needs_quantized_inputs() -> None:
+    with pytest.raises(ValidationError, match="error_propagation goes with inputs: quantized"):
+        Gptq(scheme="W4A16", inputs="float", error_propagation=0.5)
+
+
+def test_an_already_quantized_module_is_refused(model_of, context) -> None:
+    model = model_of("llama")
+    quantized = RoundToNearest(scheme="W8A16").run(model, context[0])
+    with pytest.raises(PassError, match="already quantized"):
+        Gptq(scheme="W4A16", group_size=16).requires(quantized)
