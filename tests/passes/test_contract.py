@@ -5,10 +5,12 @@ import inspect
 
 import pydantic
 import pytest
+import torch
 
 from llmopt.optimizer import loader
 from llmopt.optimizer.contracts import GraphPass, PassContext, QuantPass, WeightPass
 from llmopt.optimizer.options import options_of
+from llmopt.optimizer.tokens import Tokens
 
 EVERY = [(kind, name) for kind in ("passes", "passes.graph") for name in loader.names(kind)]
 WEIGHT = list(loader.names("passes"))
@@ -18,6 +20,12 @@ QUANTIZERS = [name for name in WEIGHT if issubclass(loader.load("passes", name),
 def options_for(name):
     """Options that every quantizer can be made with; other passes have none that are required."""
     return {"scheme": "W8A16"} if name in QUANTIZERS else {}
+
+
+def context():
+    """With a text for those that look at one."""
+    tokens = Tokens(name="it", ids=torch.arange(4 * 16).reshape(4, 16) % 50, digest="0")
+    return PassContext(calibration=lambda: tokens)
 
 
 def made(kind, name):
@@ -82,7 +90,7 @@ def test_the_input_model_is_left_alone(float_model_of, name):
     before = {key: weight.dense().clone() for key, weight in model.weights.items()}
     one = made("passes", name)
     one.requires(model)
-    one.run(model, PassContext())
+    one.run(model, context())
     assert dict(model.config) == config
     assert all(model.weights[key] is weight for key, weight in names.items())
     assert len(model.weights) == len(names)
@@ -93,7 +101,7 @@ def test_the_input_model_is_left_alone(float_model_of, name):
 def test_a_quantizer_says_which_schemes_it_may_apply(float_model_of, name):
     one = made("passes", name)
     model = float_model_of(num_hidden_layers=1)
-    result = one.run(model, PassContext())
+    result = one.run(model, context())
     used = {weight.scheme.name for key, weight in result.weights.items() if weight is not model.weights[key]}
     assert used
     assert used <= {scheme.name for scheme in one.schemes().values()}
