@@ -12,15 +12,17 @@ from typing import Any
 
 from torch import Tensor
 
+from llmopt.calibration.hessian import Moments, TokenWeighting
 from llmopt.calibration.layerwise import Layerwise, observe_both
 from llmopt.calibration.observe import Observer
 from llmopt.optimizer.cache import publish
 from llmopt.optimizer.contracts import PassContext
 from llmopt.optimizer.decoder import Layer
+from llmopt.optimizer.errors import PassError
 from llmopt.optimizer.model import Model, Weight
 from llmopt.optimizer.weight_store import WeightStore, read_weights
 
-__all__ = ["LinearFacts", "Plan", "Stage", "quantize_layers"]
+__all__ = ["LinearFacts", "Plan", "Stage", "observed_moments", "quantize_layers"]
 
 LinearFacts = dict[str, Any]
 """What is recorded about a linear: name of the fact -> value that JSON can hold."""
@@ -61,6 +63,11 @@ class Stage:
     working: Layerwise
     exact: Layerwise | None
     is_last: bool
+
+    @property
+    def index(self) -> int:
+        """The layer's number."""
+        return self.working.index
 
     @property
     def is_paired(self) -> bool:
@@ -107,6 +114,37 @@ def quantize_layers(
             runs.advance(made)
         context.progress(index + 1, model.num_layers)
     return weights, facts
+
+
+def observed_moments(stage: Stage, *, weighting: TokenWeighting) -> dict[str, Moments]:
+    """The moments of what enters each group of linears that read the same rows, by the first of them.
+
+    Those of the float model are paired with them where the stage is.
+
+    Raises:
+        PassError: Something that enters is not finite.
+    """
+    model = stage.working.reference.model
+    moments = {
+        readers[0]: Moments(
+            model.weights[model.weight_of(readers[0])].shape[1], weighting=weighting, paired=stage.is_paired
+        )
+        for readers in stage.readers
+    }
+
+    def add(module: str, rows: Tensor, exact: Tensor | None = None) -> None:
+        if not rows.isfinite().all():
+            raise PassError(
+                f"what enters {module} has values that are not finite",
+                hint="the model overflows on the calibration text, or its weights are damaged",
+            )
+        moments[module].add(rows, exact)
+
+    if stage.is_paired:
+        stage.observe_both(add)
+    else:
+        stage.observe(add)
+    return moments
 
 
 class _Runs:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llmopt.calibration.clipping import Clipping, chosen_grid
 from llmopt.calibration.hessian import Moments, TokenWeighting
-from llmopt.calibration.quantize_layers import LinearFacts, Plan, Stage, quantize_layers
+from llmopt.calibration.quantize_layers import LinearFacts, Plan, Stage, observed_moments, quantize_layers
 from llmopt.calibration.sweep import SingularHessianError, corrected, inverse_factor, output_error, sweep
 from llmopt.optimizer.assignment import SchemeQuantPass
 from llmopt.optimizer.contracts import PassContext
@@ -58,7 +58,7 @@ class Gptq(SchemeQuantPass):
         "quantized", description="Where a layer's inputs come from: the quantized layers before it, or the float model."
     )
     true_sequential: bool = Field(
-        True, description="Whether within a layer, too, a linear sees the quantized ones before it."
+        False, description="Whether within a layer, too, a linear sees the quantized ones before it."
     )
 
     @model_validator(mode="after")
@@ -100,7 +100,7 @@ class _Linears:
 
     def quantize(self, stage: Stage) -> tuple[dict[str, Weight], dict[str, LinearFacts]]:
         """See ``quantize_layers``."""
-        moments = self._observe(stage)
+        moments = observed_moments(stage, weighting=self._options.token_weighting)
         weights: dict[str, Weight] = {}
         facts: dict[str, LinearFacts] = {}
         for readers in stage.readers:
@@ -108,31 +108,6 @@ class _Linears:
                 name = self._model.weight_of(module)
                 weights[name], facts[module] = self._linear(module, moments[readers[0]])
         return weights, facts
-
-    def _observe(self, stage: Stage) -> dict[str, Moments]:
-        """The moments of what enters each group of linears that read the same, by the first of them."""
-        paired = stage.is_paired
-        moments = {
-            readers[0]: Moments(self._columns(readers[0]), weighting=self._options.token_weighting, paired=paired)
-            for readers in stage.readers
-        }
-
-        def add(module: str, rows: Tensor, exact: Tensor | None = None) -> None:
-            if not rows.isfinite().all():
-                raise PassError(
-                    f"what enters {module} has values that are not finite",
-                    hint="the model overflows on the calibration text, or its weights are damaged",
-                )
-            moments[module].add(rows, exact)
-
-        if paired:
-            stage.observe_both(add)
-        else:
-            stage.observe(add)
-        return moments
-
-    def _columns(self, module: str) -> int:
-        return self._model.weights[self._model.weight_of(module)].shape[1]
 
     def _linear(self, module: str, moments: Moments) -> tuple[QuantWeight, LinearFacts]:
         """One linear's weight and what is recorded about it."""

@@ -1,0 +1,134 @@
+"""AWQ: moves scales into channels with large activations before rounding, and narrows each group's range."""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from llmopt.calibration.clipping import Clipping, chosen_grid
+from llmopt.calibration.hessian import TokenWeighting
+from llmopt.calibration.quantize_layers import LinearFacts, Plan, Stage, observed_moments, quantize_layers
+from llmopt.calibration.scale_search import Consumer, best_scale
+from llmopt.calibration.sweep import output_error
+from llmopt.optimizer.assignment import SchemeQuantPass
+from llmopt.optimizer.contracts import PassContext
+from llmopt.optimizer.model import Model, QuantWeight, Weight
+from llmopt.optimizer.rounding import quantize_on
+from llmopt.optimizer.scale_pairs import ScalePair, layer_pairs, scaled
+from llmopt.optimizer.scheme import Scheme
+from llmopt.optimizer.weight_rounding import finite, relative_error, round_weight
+
+__all__ = ["Awq"]
+
+
+class Awq(SchemeQuantPass):
+    """Quantize the decoder's linears with scales and ranges chosen so that their outputs change least.
+
+    Source: Lin et al. 2023, AWQ, arXiv:2306.00978. Not in the paper: errors are those of each linear's own outputs,
+    from the moments of its inputs, with tokens weighted by their norm.
+    """
+
+    needs_calibration: ClassVar[bool] = True
+
+    token_weighting: TokenWeighting = Field(
+        "unit_norm",
+        description="How much a token counts: none (all the same), inverse_norm, or unit_norm, which keeps the few "
+        "tokens with huge activations from deciding alone.",
+    )
+    scaling: bool = Field(True, description="Whether scales are searched; false leaves the search of ranges.")
+    clipping: Clipping = Field(
+        "activations",
+        description="How a group's range is chosen: none (all values fit), weights (least squared error), activations "
+        "(least squared error, each column by its activations).",
+    )
+    rounds: bool = Field(
+        True,
+        description="Whether weights are rounded; false leaves scaled weights in float, for another quantizer behind.",
+    )
+
+    def run(self, model: Model, context: PassContext) -> Model:
+        """See ``WeightPass.run``. Records each linear's error, that of its outputs, and what the scales gained."""
+        assigned = self.assign(model)
+        inside = [module for module in assigned if module != model.arch.head]
+        layers = _Layers(self, model, assigned)
+        plan = Plan(modules=inside, follow=self.rounds, true_sequential=False)
+        weights, facts = quantize_layers(model, plan, context, layers.quantize)
+        for module in assigned.keys() - set(inside) if self.rounds else ():
+            name = model.weight_of(module)
+            rounded, error = round_weight(name, model.weights[name], assigned[module])
+            weights |= context.keep({name: rounded})
+            facts[module] = {"errors": error}
+        for fact in ("errors", "output_errors", "scaling"):
+            context.detail(fact, {name: found[fact] for name, found in facts.items() if fact in found})
+        return model.with_weights(weights) if weights else model
+
+
+class _Layers:
+    """Quantizes the linears of a decoder layer."""
+
+    def __init__(self, options: Awq, model: Model, assigned: Mapping[str, Scheme]) -> None:
+        self._options = options
+        self._model = model
+        self._assigned = assigned
+
+    def quantize(self, stage: Stage) -> tuple[dict[str, Weight], dict[str, LinearFacts]]:
+        """See ``quantize_layers``: a stage is a layer."""
+        by_reader = observed_moments(stage, weighting=self._options.token_weighting)
+        moments = {
+            module: by_reader[readers[0]].matrix.to(torch.float32) for readers in stage.readers for module in readers
+        }
+        weights: dict[str, Weight] = {}
+        facts: dict[str, LinearFacts] = {}
+        model = self._model
+        for pair in layer_pairs(model, stage.index) if self._options.scaling else ():
+            if moments.keys().isdisjoint(pair.consumers):
+                continue
+            scale, facts[pair.producer] = self._scale(model, pair, moments)
+            if scale is not None:
+                weights |= scaled(model, pair, scale)
+                model = model.with_weights(weights)
+                columns = pair.columns(scale)
+                moments |= {
+                    module: moments[module] / columns / columns[:, None]
+                    for module in moments.keys() & set(pair.consumers)
+                }
+        for module, matrix in moments.items():
+            if self._options.rounds:
+                name = model.weight_of(module)
+                weights[name], rounding = self._round(model, module, matrix)
+                facts[module] = facts.get(module, {}) | rounding
+        return weights, facts
+
+    def _scale(self, model: Model, pair: ScalePair, moments: Mapping[str, Tensor]) -> tuple[Tensor | None, LinearFacts]:
+        """The best scale of a pair, None if that is no scale at all, and what it gained."""
+        consumers = [
+            Consumer(_dense(model, module), moments[module], self._assigned[module])
+            for module in pair.consumers
+            if module in moments
+        ]
+        diagonals = torch.stack([consumer.second_moments.diagonal() for consumer in consumers])
+        activations = pair.by_channel(diagonals).mean(dim=(0, -2)).sqrt()
+        magnitudes = torch.cat([consumer.weight.abs() for consumer in consumers])
+        weights = pair.by_channel(magnitudes.mean(dim=0)).mean(dim=-2)
+        found = best_scale(consumers, activations, weights, columns=pair.columns)
+        gained = {"scaling": found.loss / found.before if found.before > 0 else 1.0}
+        return (found.scale if found.loss < found.before else None), gained
+
+    def _round(self, model: Model, module: str, matrix: Tensor) -> tuple[QuantWeight, LinearFacts]:
+        """A linear's rounded weight and what is recorded about it."""
+        scheme, weight = self._assigned[module], _dense(model, module)
+        grids = chosen_grid(weight, scheme.weights, self._options.clipping, matrix.diagonal())
+        tensors = quantize_on(weight, *grids, scheme)
+        difference = tensors.dense() - weight
+        facts = {
+            "errors": relative_error(tensors.dense(), weight),
+            "output_errors": output_error(difference, weight, matrix),
+        }
+        return QuantWeight.of(tensors, scheme), facts
+
+
+def _dense(model: Model, module: str) -> Tensor:
+    name = model.weight_of(module)
+    return finite(name, model.weights[name].dense())
