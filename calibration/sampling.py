@@ -28,11 +28,12 @@ __all__ = ["Purpose", "Sampling", "sample_tokens", "sampling_key"]
 
 Purpose = Literal["evaluation", "calibration"]
 
-_VERSION = 2
+_VERSION = 3
 """Of the procedure below: a change that changes the text must change this number."""
 
-_BATCH = 64
-"""Windows decoded together. A step reads all weights, so many short windows cost less than few long ones."""
+_BATCH_TOKENS = 1 << 15
+"""Of texts decoded together, which bounds the cache of keys and values. A step reads all weights, so many short texts
+cost less than few long ones."""
 
 _RESIDENT_BYTES = 1 << 30
 """A model up to this size is read once; a larger one again for each token, a layer at a time."""
@@ -47,6 +48,7 @@ class Sampling:
         windows: How many, written side by side.
         tokens: Tokens per window.
         seed: The recipe's.
+        longest: Tokens of a text at most: longer windows are several texts one behind the other. None: a window is one.
         temperature: Above 0; 1 draws from the model's own distribution.
     """
 
@@ -55,6 +57,13 @@ class Sampling:
     tokens: int
     seed: int = 0
     temperature: float = 1.0
+    longest: int | None = None
+
+    @property
+    def texts(self) -> tuple[int, int]:
+        """How many texts are written for the windows, and tokens of each."""
+        length = min(self.tokens, self.longest or self.tokens)
+        return self.windows * -(-self.tokens // length), length
 
     @property
     def generator(self) -> torch.Generator:
@@ -71,7 +80,7 @@ def sample_tokens(
 ) -> Tokens:
     """Windows of text that ``model`` writes, from the cache where it wrote them before.
 
-    Each window starts with the model's first token, and with a new text after an end-of-text token.
+    Each text starts with the model's first token, and a new one begins after an end-of-text token.
 
     Args:
         model: The source model.
@@ -107,12 +116,13 @@ def _write(model: Model, wanted: Sampling, *, threads: int | None, progress: Cal
     reference = Reference(model, threads=threads, resident=_stays_in_memory(model), dtype=fast_dtype())
     generator = wanted.generator
     first, ends = _first_token(model.config), _end_tokens(model.config)
+    texts, length = wanted.texts
+    size = max(_BATCH_TOKENS // length, 1)
     batches = []
-    for done in range(0, wanted.windows, _BATCH):
-        count = min(_BATCH, wanted.windows - done)
-        ids = _starts(count, first, model.config["vocab_size"], generator)
+    for done in range(0, texts, size):
+        ids = _starts(min(size, texts - done), first, model.config["vocab_size"], generator)
         columns, cache = [ids], DynamicCache()
-        for step in range(1, wanted.tokens):
+        for step in range(1, length):
             logits = reference.decode(ids[:, None], cache)
             sharpened = logits.float() if wanted.temperature == 1 else logits.float() / wanted.temperature
             drawn = _draw(sharpened, generator)
@@ -120,9 +130,9 @@ def _write(model: Model, wanted: Sampling, *, threads: int | None, progress: Cal
                 drawn = torch.where(torch.isin(ids, ends), first, drawn)
             ids = drawn
             columns.append(ids)
-            progress(done // _BATCH * wanted.tokens + step + 1, -(-wanted.windows // _BATCH) * wanted.tokens)
+            progress(done // size * length + step + 1, -(-texts // size) * length)
         batches.append(torch.stack(columns, dim=1))
-    return torch.cat(batches)
+    return torch.cat(batches).reshape(wanted.windows, -1)[:, : wanted.tokens].contiguous()
 
 
 def _stays_in_memory(model: Model) -> bool:

@@ -77,7 +77,16 @@ def test_a_sampling_that_is_interrupted_leaves_nothing_behind(model, monkeypatch
     assert not [path for path in (tmp_path / "llmopt-cache" / "samples").iterdir() if path.is_dir()]
 
 
-def test_progress_counts_every_step_up_to_the_total(model):
+def test_long_windows_are_made_of_texts_of_bounded_length(model):
+    text = sample_tokens(model, Sampling("calibration", windows=3, tokens=22, longest=8))
+    assert text.ids.shape == (3, 22)
+    assert (text.ids[:, ::8] == 1).all()
+    short = sample_tokens(model, Sampling("calibration", windows=9, tokens=8))
+    assert torch.equal(text.ids.flatten(), short.ids.view(3, 24)[:, :22].flatten())
+
+
+def test_progress_counts_every_step_up_to_the_total(model, monkeypatch):
+    monkeypatch.setattr(sampling, "_BATCH_TOKENS", 64 * 4)
     calls = []
     sample_tokens(model, Sampling("evaluation", windows=70, tokens=4), progress=lambda *call: calls.append(call))
     assert [done for done, _ in calls] == [2, 3, 4, 6, 7, 8]
