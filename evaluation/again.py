@@ -11,7 +11,7 @@ from llmopt.evaluation.gates import gates_of, judge, texts_for
 from llmopt.evaluation.measure import measure
 from llmopt.optimizer.cache import cache_root
 from llmopt.optimizer.errors import InputError
-from llmopt.optimizer.gates import Gate
+from llmopt.optimizer.gates import SAMPLED_WINDOWS, Gate
 from llmopt.optimizer.manifest import Manifest, Measurement, Verdict
 from llmopt.optimizer.model import Model
 from llmopt.optimizer.progress import Progress
@@ -19,13 +19,10 @@ from llmopt.optimizer.sources import load_model
 from llmopt.optimizer.tokens import Tokens
 from llmopt.runtime.backends.onnxruntime import open_backend
 
-__all__ = ["FILE_WINDOWS", "SAMPLED_WINDOWS", "Question", "Result", "evaluate"]
+__all__ = ["FILE_WINDOWS", "Question", "Result", "evaluate"]
 
 FILE_WINDOWS = (8, 1024)
 """Windows, and tokens of each, where a user names none."""
-
-SAMPLED_WINDOWS = (16, 128)
-"""Fewer decoding steps than for a file: the source model writes this text token by token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +32,7 @@ class Question:
     Attributes:
         data: Text files. One that is called like a gate's text is used for that gate, in the gate's windows.
         windows: Of the other texts; None means 8 of a file and 16 of sampled text.
-        tokens: Per window; None means 1024 of a file and 128 of sampled text.
+        tokens: Per window; None means 1024 of a file and 128 of sampled text, or what the engine takes.
         source: Where the source model is now; None means where the build found it.
         threads: Of the engine and of PyTorch.
         offline: Whether hubs are left alone.
@@ -127,19 +124,33 @@ def _texts(
     gates: Sequence[Gate], model: Model, manifest: Manifest, question: Question, progress: Progress
 ) -> list[Tokens]:
     """The gates' texts, the other files given, and sampled text when that leaves nothing."""
-    seed = int(manifest.recipe.get("seed", 0))
+    seed, capacity = int(manifest.recipe.get("seed", 0)), manifest.engines[0].capacity
     with progress.step("read or sample texts") as tick:
         texts = texts_for(gates, model, seed=seed, threads=question.threads, progress=tick)
         named = {gate.data for gate in gates}
-        windows, tokens = question.windows or FILE_WINDOWS[0], question.tokens or FILE_WINDOWS[1]
+        windows, tokens = question.windows or FILE_WINDOWS[0], question.tokens or min(FILE_WINDOWS[1], capacity)
         for path in question.data:
             if path not in named:
                 texts.append(read_tokens(path, model.source.tokenizer_dir, windows=windows, tokens=tokens))
         if not texts:
-            windows, tokens = question.windows or SAMPLED_WINDOWS[0], question.tokens or SAMPLED_WINDOWS[1]
+            windows, tokens = (
+                question.windows or SAMPLED_WINDOWS[0],
+                question.tokens or min(SAMPLED_WINDOWS[1], capacity),
+            )
             wanted = Sampling("evaluation", windows, tokens, seed=seed)
             texts.append(sample_tokens(model, wanted, threads=question.threads, progress=tick))
+    _refuse_calibration_text(manifest, texts)
     return texts
+
+
+def _refuse_calibration_text(manifest: Manifest, texts: Sequence[Tokens]) -> None:
+    """Judge no build on the file that its passes looked at."""
+    for text in texts:
+        if manifest.calibration is not None and text.digest == manifest.calibration.digest:
+            raise InputError(
+                f"the build was calibrated on {manifest.calibration.name}, and {text.name} is the same text",
+                hint="measure on other text: on this one the build looks better than it is",
+            )
 
 
 def _changed_texts(manifest: Manifest, measurements: Sequence[Measurement]) -> list[str]:

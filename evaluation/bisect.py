@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, Protocol
@@ -15,11 +15,12 @@ from llmopt.calibration.data import checked_calibration
 from llmopt.calibration.same_function import verify_same_function
 from llmopt.calibration.sampling import Sampling, sample_tokens
 from llmopt.calibration.texts import read_tokens
-from llmopt.evaluation.again import FILE_WINDOWS, SAMPLED_WINDOWS
+from llmopt.evaluation.again import FILE_WINDOWS
 from llmopt.evaluation.graph_logits import graph_logits
 from llmopt.evaluation.pages import nats
 from llmopt.evaluation.paired import Agreement, Yardstick, model_logits
 from llmopt.optimizer.errors import InputError
+from llmopt.optimizer.gates import SAMPLED_WINDOWS
 from llmopt.optimizer.manifest import PassRecord
 from llmopt.optimizer.model import Model
 from llmopt.optimizer.model_check import check_model
@@ -174,7 +175,7 @@ def bisect(
     torch.set_num_threads(threads)  # passes in the cache are found by it
     with progress.step("load the model"):
         model = load_model(recipe.model, cache=cache, base=recipe.base, offline=offline)
-        _check(recipe, model, text)
+        text = _fitting(recipe, model, text)
     with progress.step("texts") as tick:
         tokens = _tokens(text, model, seed=recipe.seed, threads=threads, tick=tick)
         calibration = checked_calibration(recipe, model, [tokens], cache=cache, offline=offline, progress=tick)
@@ -189,16 +190,23 @@ def bisect(
     return Bisection(model.source.spec, tokens, (source, *_measured(runs, yardstick, progress)))
 
 
-def _check(recipe: Recipe, model: Model, text: Text) -> None:
-    """What can be found out before any tensor is read."""
+def _fitting(recipe: Recipe, model: Model, text: Text) -> Text:
+    """``text`` in windows that the model and its engines take. Finds out what can be before any tensor is read.
+
+    Raises:
+        InputError: Longer windows were asked for.
+    """
     check_model(recipe, model)
-    for item in recipe.export:
-        longest = item.instance.longest(model)
-        if longest is not None and text.length > longest:
-            raise InputError(
-                f"windows of {text.length} tokens were asked for, the engine takes {longest}",
-                hint="lower --tokens, or raise the exporter's capacity",
-            )
+    found = (item.instance.longest(model) for item in recipe.export)
+    longest = min((each for each in found if each is not None), default=model.decoder.max_positions)
+    if text.length <= longest:
+        return text
+    if text.tokens is None:
+        return replace(text, tokens=longest)
+    raise InputError(
+        f"windows of {text.length} tokens were asked for, the engine takes {longest}",
+        hint="lower --tokens, or raise the exporter's capacity",
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
 
-__all__ = ["Gate", "Percent"]
+__all__ = ["SAMPLED_WINDOWS", "Gate", "Percent"]
+
+SAMPLED_WINDOWS = (16, 128)
+"""Windows, and tokens of each, where nobody says: few decoding steps, because a model writes token by token."""
 
 
 def _fraction(value: object) -> object:
@@ -39,8 +42,8 @@ class Gate(BaseModel):
     data: Path | None = Field(
         None, description="A text file; omitted: text sampled from the source model. Relative to the recipe."
     )
-    windows: PositiveInt = Field(16, description="How many windows of the text are used.")
-    tokens: PositiveInt = Field(128, ge=2, description="Tokens per window.")
+    windows: PositiveInt = Field(SAMPLED_WINDOWS[0], description="How many windows of the text are used.")
+    tokens: PositiveInt = Field(SAMPLED_WINDOWS[1], ge=2, description="Tokens per window.")
 
     @model_validator(mode="after")
     def _limit_fits_metric(self) -> "Gate":

@@ -1,5 +1,6 @@
 """`llmopt eval` on a hand-made build whose engine is the reference execution."""
 
+import hashlib
 import json
 
 import pytest
@@ -97,6 +98,27 @@ def test_a_model_that_moved_is_found_through_source(build_of, tiny_llama, tmp_pa
     with pytest.raises(InputError, match="source model cannot be read"):
         evaluate(build, Question(), Silent())
     assert evaluate(build, Question(source=str(tiny_llama)), Silent()).verdict.status == "accepted"
+
+
+@pytest.mark.parametrize("data", [False, True])
+def test_windows_that_nobody_asked_for_fit_into_the_engine(build_of, text, data):
+    build = build_of()
+    manifest = json.loads((build / "manifest.json").read_text())
+    manifest["engines"][0]["capacity"] = 24
+    (build / "manifest.json").write_text(json.dumps(manifest))
+    result = evaluate(build, Question(data=(text,) if data else ()), Silent())
+    assert {each.tokens for each in result.measurements} <= ({8 * 24, 8 * 23} if data else {16 * 24})
+
+
+def test_the_text_a_build_was_calibrated_on_is_refused(build_of, text):
+    build = build_of()
+    manifest = json.loads((build / "manifest.json").read_text())
+    digest = hashlib.sha256(text.read_bytes()).hexdigest()
+    entry = {"name": "chat.jsonl", "digest": digest, "samples": 1, "tokens": 2, "packing": "concat", "seed": 0}
+    (build / "manifest.json").write_text(json.dumps({**manifest, "calibration": entry}))
+    with pytest.raises(InputError, match=r"calibrated on chat\.jsonl, and .*holdout\.txt is the same text"):
+        evaluate(build, Question(data=(text,), windows=1, tokens=16), Silent())
+    assert evaluate(build, Question(windows=1, tokens=16), Silent()).measurements
 
 
 def test_a_text_with_other_contents_than_at_build_time_is_noted(build_of, text):
