@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llmopt.calibration.coverage import coverage_words
 from llmopt.evaluation.operators import KINDS, WHOLE, Effect, by_kind, effects_of, verification_of
 from llmopt.evaluation.pages import Segment, measured, megabytes, rendered, segments
 from llmopt.optimizer.manifest import Engine, GateResult, Layer, Manifest, Measurement, PassRecord
@@ -14,7 +15,19 @@ from llmopt.optimizer.tokens import SAMPLED
 
 __all__ = ["page", "summary", "write_report"]
 
-_KEPT = ("llmopt", "versions", "source", "recipe", "architecture", "layers", "sizes", "passes", "measurements", "files")
+_KEPT = (
+    "llmopt",
+    "versions",
+    "source",
+    "recipe",
+    "architecture",
+    "calibration",
+    "layers",
+    "sizes",
+    "passes",
+    "measurements",
+    "files",
+)
 
 
 def write_report(manifest: Manifest, directory: Path) -> None:
@@ -63,6 +76,12 @@ def page(manifest: Manifest, record: Mapping[str, Any] | None = None) -> str:
                 for graph in facts["graphs"]
             ],
             "steps": [{**step, "options": _short(step["options"])} for step in facts["passes"]],
+            "calibration_text": manifest.calibration.describe() if manifest.calibration else None,
+            "coverages": [
+                {"name": record.name, "words": coverage_words(record.details["coverage"]), **record.details["coverage"]}
+                for record in manifest.passes
+                if "coverage" in record.details
+            ],
             "recipe_text": json.dumps(_short(manifest.recipe), indent=1, sort_keys=True),
         },
     )

@@ -130,6 +130,11 @@ class CalibrationEntry(_Entry):
     packing: Literal["concat", "pad"]
     seed: int
 
+    def describe(self) -> str:
+        """The entry in words."""
+        cut = "" if self.packing == "concat" else ", one document each"
+        return f"{self.name}: {self.samples} windows of {self.tokens} tokens{cut}, seed {self.seed}"
+
 
 class FileEntry(_Entry):
     """Size and digest of a file of the build."""

@@ -84,6 +84,8 @@ def _show(manifest: "Manifest", console: "Console", *, every_layer: bool) -> Non
             f"up to {engine.capacity} tokens",
             soft_wrap=True,
         )
+    if manifest.calibration is not None:
+        console.print(f"text     {manifest.calibration.describe()}", soft_wrap=True)
     console.print()
     _print_layers(manifest, console, every_layer=every_layer)
     _print_passes(manifest, console)
@@ -141,6 +143,7 @@ def _rows(manifest: "Manifest", *, every_layer: bool) -> list[_Row]:
 def _print_passes(manifest: "Manifest", console: "Console") -> None:
     from rich.table import Table
 
+    from llmopt.calibration.coverage import coverage_words
     from llmopt.evaluation.operators import verification_of
 
     table = Table(title="passes", title_justify="left")
@@ -150,6 +153,7 @@ def _print_passes(manifest: "Manifest", console: "Console") -> None:
     for record in everything:
         declined = record.details.get("declined") or []
         notes = [*(f"fallback: {text}" for text in record.fallbacks), *record.notes]
+        notes += coverage_words(record.details["coverage"]) if "coverage" in record.details else []
         notes += [f"declined {len(declined)}: {declined[0]}"] if declined else []
         verified = verification_of([record])
         differences = [(value, layer, name) for layer, found in verified.items() for name, value in found.items()]

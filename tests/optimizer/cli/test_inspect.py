@@ -1,6 +1,7 @@
 """`llmopt inspect`: what it shows of a build, and that a build that was changed is told."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 
 from llmopt.optimizer.build import build
 from llmopt.optimizer.cli.main import main
-from llmopt.optimizer.manifest import Manifest, PassRecord
+from llmopt.optimizer.manifest import CalibrationEntry, Manifest, PassRecord
 from llmopt.optimizer.progress import Silent
 from llmopt.optimizer.recipe import Recipe
 
@@ -113,6 +114,31 @@ def test_notes_and_fallbacks_are_shown_as_they_were_written(inspect, copy: Path)
     _, shown, _ = inspect(copy)
     assert ["talk", "", "fallback: [b] float :fox:"] in rows(shown)
     assert ["", "", "weights are [out, in]"] in rows(shown)
+
+
+def test_calibration_text_and_what_it_reached_are_shown(inspect, copy: Path) -> None:
+    manifest = Manifest.load(copy)
+    text = CalibrationEntry(name="chat.jsonl", digest="ab" * 32, samples=4, tokens=32, packing="pad", seed=7)
+    coverage = {
+        "tokens": 90,
+        "lengths": {"17-32": 4},
+        "modules": {"count": 21, "tokens": 90},
+        "others": {},
+        "unreached": [],
+        "experts": {"model.layers.0": [80, 0, 10]},
+    }
+    record = manifest.passes[0].model_copy(update={"details": {"coverage": coverage}})
+    manifest.model_copy(update={"calibration": text, "passes": [record]}).save(copy)
+    _, shown, _ = inspect(copy)
+    assert "text     chat.jsonl: 4 windows of 32 tokens, one document each, seed 7" in shown
+    assert "21 modules saw 90 tokens of text" in shown
+    assert "3 experts saw 0 to 80 tokens, 1 of them none" in shown
+    page = copy.parent / "page.html"
+    inspect(copy, "--html", page)
+    html = page.read_text()
+    assert "Calibration text" in html
+    assert "ab" * 32 in html
+    assert re.search(r'model.layers.0<td class="n">3<td class="n">0<td class="n">80\s*<td>1</tr>', html)
 
 
 def test_how_well_a_pass_kept_the_function_is_shown(inspect, copy: Path) -> None:
