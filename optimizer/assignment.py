@@ -65,6 +65,11 @@ class SchemeQuantPass(QuantPass):
         "quantizes activations to integers, else W8A16 with the scheme's group size. A tied embedding "
         "shares the head's table.",
     )
+    embedding: SchemeOption | Kept = Field(
+        "none",
+        description="The scheme of an embedding with a table of its own, such as W8A16; none keeps it in float. A tied "
+        "embedding shares the head's table, and with it the head's scheme.",
+    )
     experts: SchemeOption | Kept | None = Field(
         None,
         description="The scheme of the experts in mixtures of experts; none keeps them in float. Omitted: the scheme, "
@@ -80,16 +85,31 @@ class SchemeQuantPass(QuantPass):
             )
         return self
 
+    @field_validator("embedding")
+    @classmethod
+    def _embedding_has_no_inputs(cls, value: Scheme | Kept) -> Scheme | Kept:
+        if isinstance(value, Scheme) and value.input_activations is not None:
+            raise ValueError("an embedding looks rows up, it has no inputs to quantize; W8A16 quantizes its table")
+        return value
+
     def schemes(self) -> dict[str, Scheme]:
         """See ``QuantPass.schemes``."""
-        found = {"scheme": self._sized(), "head": self._head(), "experts": self._experts()}
+        found = {
+            "scheme": self._sized(),
+            "head": self._head(),
+            "embedding": self.embedding,
+            "experts": self._experts(),
+        }
         found |= {f"overrides.{i}.scheme": override.scheme for i, override in enumerate(self.overrides)}
         return {path: scheme for path, scheme in found.items() if isinstance(scheme, Scheme)}
 
     def assign(self, model: Model) -> dict[str, Scheme]:
-        """The scheme of every module to quantize, in data order; modules kept in float are left out."""
-        schemes = self.schemes()
-        return {module: schemes[option] for module, option in self.deciding(model).items() if option in schemes}
+        """The scheme of every module to quantize; modules kept in float are left out.
+
+        First the embedding, where it has a scheme, then linears in data order.
+        """
+        schemes, deciding = self.schemes(), {model.arch.embedding: "embedding"} | self.deciding(model)
+        return {module: schemes[option] for module, option in deciding.items() if option in schemes}
 
     def deciding(self, model: Model) -> dict[str, str]:
         """See ``QuantPass.deciding``."""
@@ -107,6 +127,11 @@ class SchemeQuantPass(QuantPass):
         _unmatched(self.overrides, model.linears())
         if self.experts is not None and not model.decoder.expert_linears:
             raise PassError("experts is given, but this model has no mixtures of experts", hint="remove it")
+        if self.embedding != "none" and model.is_tied:
+            raise PassError(
+                "embedding is given, but this model's embedding and head share a table",
+                hint="remove it: the option head decides about both",
+            )
         assigned = self.assign(model)
         for layer in model.decoder.layers:
             if isinstance(layer.mlp, Experts):

@@ -70,7 +70,7 @@ class Gptq(SchemeQuantPass):
     def run(self, model: Model, context: PassContext) -> Model:
         """See ``WeightPass.run``. Records each linear's error, that of its outputs, and that of plain rounding."""
         assigned = self.assign(model)
-        inside = [module for module in assigned if module != model.arch.head]
+        inside = [module for module in assigned if module not in (model.arch.embedding, model.arch.head)]
         plan = Plan(
             modules=inside,
             follow=self.inputs == "quantized",

@@ -1,4 +1,4 @@
-"""Lower a quantized table that embedding and head share, so that it is stored once."""
+"""Look embeddings up in integers, and store a quantized table that embedding and head share once."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -75,9 +75,7 @@ class _BlockHeadRule(_TableRule):
         packed = _packed(table)
         if isinstance(packed, str):
             return packed
-        return (
-            f"{packed.k} columns are no whole number of blocks of {packed.block}" if packed.k % packed.block else None
-        )
+        return _padding(packed)
 
     def rewrite(self, op: Any, x: ir.Value, table: ir.Value) -> Any:
         packed = _packed(table)
@@ -102,12 +100,45 @@ class _BlockEmbeddingRule(_TableRule):
         packed = _packed(table)
         assert isinstance(packed, BlockWeight)
         tensors = (packed.values, packed.scales, packed.zero_points)
-        values, *rest = [self._graph.initializers[str(tensor.name)] for tensor in tensors if tensor is not None]
-        flat = op.Reshape(values, op.Constant(value_ints=[packed.n, packed.k * packed.bits // 8]))
-        return op.GatherBlockQuantized(
-            flat, ids, *rest,
-            bits=packed.bits, block_size=packed.block, gather_axis=0, quantize_axis=1, _domain="com.microsoft",
-        )  # fmt: skip
+        return _gathered(
+            op, ids, packed, [self._graph.initializers[str(tensor.name)] for tensor in tensors if tensor is not None]
+        )
+
+
+class _OwnBlockEmbeddingRule(_TableRule):
+    """Weight-only, where no head reads the table: GatherBlockQuantized with blocks of its own."""
+
+    def pattern(self, op: Any, ids: Any) -> Any:
+        return op.Gather(self.table(op), ids, axis=0)
+
+    def refusal(self, table: ir.Value, x: ir.Value | None) -> str | None:
+        if len(table.uses()) > 1:
+            return "something else reads the table too"
+        packed = _packed(table)
+        if isinstance(packed, str):
+            return packed
+        return _padding(packed)
+
+    def rewrite(self, op: Any, ids: ir.Value, table: ir.Value) -> Any:
+        packed = _packed(table)
+        assert isinstance(packed, BlockWeight)
+        tensors = (packed.values, packed.scales, packed.zero_points)
+        inputs = [op.initializer(tensor, name=tensor.name) for tensor in tensors if tensor is not None]
+        return _gathered(op, ids, packed, inputs)
+
+
+def _gathered(op: Any, ids: ir.Value, packed: BlockWeight, inputs: Sequence[ir.Value]) -> Any:
+    """The rows of ``ids``, float32, from the values ``[n, blocks, bytes]``, scales and zero points of ``inputs``."""
+    flat = op.Reshape(inputs[0], op.Constant(value_ints=[packed.n, packed.k * packed.bits // 8]))
+    return op.GatherBlockQuantized(
+        flat, ids, *inputs[1:],
+        bits=packed.bits, block_size=packed.block, gather_axis=0, quantize_axis=1, _domain="com.microsoft",
+    )  # fmt: skip
+
+
+def _padding(packed: BlockWeight) -> str | None:
+    """Why the last block would be padded, or None when it is whole."""
+    return f"{packed.k} columns are no whole number of blocks of {packed.block}" if packed.k % packed.block else None
 
 
 def _inputs(value: ir.Value) -> Sequence[ir.Value | None]:
@@ -139,11 +170,19 @@ def _packed(table: ir.Value) -> BlockWeight | str:
 
 
 class LowerEmbedding(GraphPass):
-    """The embedding looks its rows up in the head's integers; a table in float is left as it is."""
+    """The embedding looks its rows up in integers, the head's where they share a table; a table in float is left."""
 
     def run(self, graph: ir.Model, context: PassContext) -> ir.Model:
         """See ``GraphPass.run``."""
-        heads, embeddings = (_ChannelHeadRule, _BlockHeadRule), (_BlockEmbeddingRule, _ChannelEmbeddingRule)
-        groups = [[kind.rule(graph.graph) for kind in kinds] for kinds in (heads, embeddings)]
-        apply_groups(graph, groups, context)
+        kinds = (
+            (_ChannelHeadRule, _BlockHeadRule),
+            (_BlockEmbeddingRule, _ChannelEmbeddingRule),
+            (_OwnBlockEmbeddingRule,),
+        )
+        apply_groups(graph, [[kind.rule(graph.graph) for kind in group] for group in kinds], context)
+        for node in graph.graph:
+            if node.op_type == "Gather" and producer(node.inputs[0], "DequantizeLinear") is not None:
+                context.fallback(
+                    f"the embedding turns its whole table into floats in every call: {node.outputs[0].name}"
+                )
         return graph

@@ -290,3 +290,41 @@ def test_an_expert_that_does_not_fit_is_found():
 def test_experts_of_a_model_without_any_are_refused():
     error = refused(scheme="W8A8", experts="W8A16")
     assert error.message == "experts is given, but this model has no mixtures of experts"
+
+
+def test_an_embedding_stays_in_float_unless_it_is_given_a_scheme():
+    model = model_of(tied=False)
+    assert "model.embed_tokens" not in assigned(model, scheme="W8A8")
+    found = assigned(model, scheme="W8A8", embedding="W8A16")
+    assert found["model.embed_tokens"] == W8A16
+    assert len(found) == 1 + len(model.linears())
+
+
+def test_the_embeddings_scheme_is_among_those_that_targets_are_asked_about():
+    assert Chosen(scheme="W8A8", embedding="W4A16").schemes()["embedding"] == W4A16
+    assert "embedding" not in Chosen(scheme="W8A8").schemes()
+
+
+def test_an_embedding_that_shares_the_heads_table_has_no_scheme_of_its_own():
+    error = refused(scheme="W8A8", embedding="W8A16")
+    assert error.message == "embedding is given, but this model's embedding and head share a table"
+    assert "head decides about both" in error.hint
+
+
+def test_an_embedding_has_no_inputs_to_quantize():
+    with pytest.raises(pydantic.ValidationError, match="looks rows up, it has no inputs to quantize"):
+        Chosen(scheme="W8A8", embedding="W8A8")
+
+
+def test_an_embeddings_group_size_must_divide_its_columns():
+    error = refused(model_of(hidden=96, tied=False), scheme="W8A8", embedding="W4A16")
+    assert "model.embed_tokens has 96 input columns, not a multiple of group_size=128" in error.message
+
+
+def test_an_embedding_is_quantized_once():
+    model = model_of(tied=False)
+    name = "model.embed_tokens.weight"
+    rounded = QuantWeight.of(quantize(torch.ones(50, 128), W8A16), W8A16)
+    assert (
+        "is already quantized" in refused(model.with_weights({name: rounded}), scheme="W8A8", embedding="W8A16").message
+    )

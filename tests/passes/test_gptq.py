@@ -53,14 +53,15 @@ def test_every_family_loses_less_than_by_rounding(family_name, model_of, context
     assert distance(model, quantized) < distance(model, rounded)
 
 
-def test_the_input_model_is_left_alone_and_the_head_is_rounded(model_of, context) -> None:
+def test_the_input_model_is_left_alone_and_head_and_embedding_are_rounded(model_of, context) -> None:
     model = model_of("llama")
     before = {name: weight.load().clone() for name, weight in model.weights.items()}
-    quantized = Gptq(scheme="W4A16", group_size=16).run(model, context[0])
+    options = {"scheme": "W4A16", "group_size": 16, "embedding": "W8A16"}
+    quantized = Gptq(**options).run(model, context[0])
     assert all(torch.equal(model.weights[name].load(), value) for name, value in before.items())
-    head = quantized.weights[model.weight_of("lm_head")]
-    rounded = RoundToNearest(scheme="W4A16", group_size=16).run(model, context[0]).weights[model.weight_of("lm_head")]
-    assert torch.equal(head.load().values, rounded.load().values)
+    rounded = RoundToNearest(**options).run(model, context[0])
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        assert torch.equal(quantized.weights[name].load().values, rounded.weights[name].load().values)
 
 
 @pytest.mark.parametrize(

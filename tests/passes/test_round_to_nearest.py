@@ -56,6 +56,14 @@ def test_the_embedding_of_an_untied_model_stays_in_float(float_model_of):
     assert isinstance(result.weights["lm_head.weight"], QuantWeight)
 
 
+def test_an_untied_embedding_is_rounded_when_it_is_asked_for(float_model_of):
+    result = rounded(float_model_of(tie_word_embeddings=False), scheme="W8A8", embedding="W8A16")
+    table = result.weights["model.embed_tokens.weight"]
+    assert table.scheme == PRESETS["W8A16"]
+    embedded = Reference(result).embed(IDS)
+    assert torch.equal(embedded, table.dense()[IDS])
+
+
 def test_nothing_to_round_gives_the_model_itself(float_model_of):
     model = float_model_of()
     result = rounded(model, scheme="W8A8", overrides=[{"match": "re:.*", "scheme": "none"}])

@@ -43,6 +43,7 @@ class Rewritten:
         applied: Recorded count.
         declined: Recorded reasons.
         notes: What it told the manifest.
+        fallbacks: Which fallbacks it told.
         unchanged: Whether the main graph is the same, byte for byte.
         before, after: Outputs of every call.
     """
@@ -51,6 +52,7 @@ class Rewritten:
     applied: int
     declined: list[str]
     notes: list[str]
+    fallbacks: list[str]
     unchanged: bool
     before: list[Outputs]
     after: list[Outputs]
@@ -108,11 +110,14 @@ def apply(name: str, graph: ir.Model, *calls: Feeds) -> Rewritten:
     before = execute(graph, calls)
     details: dict[str, Any] = {}
     notes: list[str] = []
+    fallbacks: list[str] = []
     options = loader.load("passes.graph", name)()
-    result = options.run(graph, PassContext(detail=details.__setitem__, note=notes.append))
+    context = PassContext(detail=details.__setitem__, note=notes.append, fallback=fallbacks.append)
+    result = options.run(graph, context)
     assert result is graph
     unchanged = ir.to_proto(graph).graph.SerializeToString(deterministic=True) == data
-    return Rewritten(graph, details["applied"], details["declined"], notes, unchanged, before, execute(graph, calls))
+    told = (details["applied"], details["declined"], notes, fallbacks)
+    return Rewritten(graph, *told, unchanged, before, execute(graph, calls))
 
 
 def written(write: Callable[..., Any], **inputs: tuple[str, Sequence[int | str]]) -> ir.Model:

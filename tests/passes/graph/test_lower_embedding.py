@@ -157,11 +157,42 @@ def test_rounded_activations_with_a_table_the_kernel_does_not_take_are_declined(
     assert any("the table" in reason for reason in result.declined)
 
 
-def test_blocks_that_no_head_reads_are_declined(rewrite, graph_of, numbers, feeds):
-    graph = graph_of(tied(table_of(numbers, 96, bits=4, block=32), head=False), **INPUTS)
-    result = rewrite("lower_embedding", graph, feeds(96))
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize(
+    ("bits", "columns", "block"), [(8, 96, 32), (8, 192, 96), (4, 96, 32), (4, 80, 16), (4, 96, None)]
+)
+def test_a_table_that_no_head_reads_has_blocks_of_its_own(
+    rewrite, graph_of, numbers, feeds, bits, columns, block, asymmetric
+):
+    table = table_of(numbers, columns, bits=bits, block=block, asymmetric=asymmetric)
+    result = rewrite("lower_embedding", graph_of(tied(table, head=False), **INPUTS), feeds(columns))
+    assert result.applied == 1
+    assert result.ops["GatherBlockQuantized"] == 1
+    assert copies(result.graph, VOCABULARY * columns * bits // 8) == 1
+    np.testing.assert_allclose(result.after[0][0], result.before[0][0], rtol=1e-6)
+
+
+def test_int8_rows_that_no_head_reads_stay_as_they_are_stored(rewrite, graph_of, numbers, feeds):
+    result = rewrite("lower_embedding", graph_of(tied(table_of(numbers, 40), head=False), **INPUTS), feeds(40))
+    assert result.applied == 1
+    assert (result.ops["GatherBlockQuantized"], result.ops["DequantizeLinear"]) == (0, 0)
+    assert result.is_identical()
+
+
+def test_a_table_that_must_become_floats_in_every_call_is_a_fallback(rewrite, graph_of, numbers, feeds):
+    table = table_of(numbers, 40, block=20)
+    result = rewrite("lower_embedding", graph_of(tied(table, head=False), **INPUTS), feeds(40))
     assert result.applied == 0
-    assert any("no head shares the table's blocks" in reason for reason in result.declined)
+    (told,) = result.fallbacks
+    assert "turns its whole table into floats in every call" in told
+
+
+@pytest.mark.parametrize("options", [{"embedding": "W8A16"}, {"embedding": "W4A16_ASYM", "head": "none"}])
+def test_an_untied_models_embedding_is_looked_up_in_integers(rewrite_model, model_of, options):
+    model = model_of("W8A16", options, hidden_size=128, num_hidden_layers=1, tie_word_embeddings=False)
+    result = rewrite_model("lower_embedding", model)
+    assert result.applied == 1
+    assert result.difference() < EXACT
 
 
 def test_a_third_reader_keeps_the_floats_it_reads(rewrite, graph_of, numbers, feeds):
