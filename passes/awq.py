@@ -51,7 +51,7 @@ class Awq(SchemeQuantPass):
     def run(self, model: Model, context: PassContext) -> Model:
         """See ``WeightPass.run``. Records each linear's error, that of its outputs, and what the scales gained."""
         assigned = self.assign(model)
-        inside = [module for module in assigned if module != model.arch.head]
+        inside = [module for module in assigned if module not in (model.arch.embedding, model.arch.head)]
         layers = _Layers(self, model, assigned)
         plan = Plan(modules=inside, follow=self.rounds, true_sequential=False)
         weights, facts = quantize_layers(model, plan, context, layers.quantize)
