@@ -1,4 +1,4 @@
-"""Builds a random model of 3 billion parameters and shows the memory that each step of the build had."""
+"""Builds a random model of billions of parameters and shows the memory that each step of the build had."""
 
 import argparse
 import json
@@ -6,24 +6,31 @@ import shutil
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from llmopt.benchmarks.builds import build
-from llmopt.benchmarks.random_checkpoint import LLAMA_3B, parameter_shapes, write_random_llama
+from llmopt.benchmarks.random_checkpoint import LLAMA_1B, LLAMA_3B, parameter_shapes, write_random_llama
 from llmopt.benchmarks.report import markdown, publish_result, say
 from llmopt.optimizer.build_record import read_record
 
 __all__ = ["build_random", "largest_layer", "main"]
 
-_PASSES: Mapping[str, list[Any]] = {"int8": [{"round_to_nearest": {"scheme": "W8A8"}}], "float": []}
+_PASSES: Mapping[str, list[Any]] = {
+    "int8": [{"round_to_nearest": {"scheme": "W8A8"}}],
+    "gptq-int4": [{"gptq": {"scheme": "W4A16", "group_size": 32}}],
+    "float": [],
+}
+_SIZES = {"3b": LLAMA_3B, "1b": LLAMA_1B}
 _CAPACITY = 4096
 
 
 def main() -> None:
     """Write the checkpoint, build it, report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("formats", nargs="*", choices=[[], *_PASSES], help="int8, float; omitted: int8")
-    parser.add_argument("--layers", type=int, default=LLAMA_3B["num_hidden_layers"], help="other than the 3B model's")
+    parser.add_argument("formats", nargs="*", choices=[[], *_PASSES], help="int8, gptq-int4, float; omitted: int8")
+    parser.add_argument("--size", choices=_SIZES, default="3b")
+    parser.add_argument("--layers", type=int, help="other than the model's")
     parser.add_argument("--untied", action="store_true", help="give the head a table of its own")
     parser.add_argument("--max-ram-gb", type=float, default=6, help="of the recipes")
     parser.add_argument(
@@ -33,9 +40,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out"))
     arguments = parser.parse_args()
     directory: Path = (arguments.directory or arguments.out / "bench" / "large").resolve()
-    config = {**LLAMA_3B, "num_hidden_layers": arguments.layers, "tie_word_embeddings": not arguments.untied}
+    config = {**_SIZES[arguments.size], "tie_word_embeddings": not arguments.untied}
+    config["num_hidden_layers"] = arguments.layers or config["num_hidden_layers"]
+    name = f"llama-{arguments.size}-{config['num_hidden_layers']}{'-untied' * arguments.untied}"
     say(f"writing the checkpoint below {directory}")
-    checkpoint = write_random_llama(directory / f"llama-{arguments.layers}{'-untied' * arguments.untied}", config)
+    checkpoint = write_random_llama(directory / name, config)
     layer = largest_layer(config)
     rows, data = [], []
     try:
@@ -75,6 +84,7 @@ def build_random(
     settings = {
         "version": 1,
         "model": str(checkpoint),
+        "calibration": {"source": _text(directory).name, "samples": 8, "tokens": 512, "packing": "concat"},
         "passes": _PASSES[name],
         "export": [{"onnx": {"target": "cpu", "capacity": _CAPACITY}}],
         "resources": {"max_ram_gb": max_ram_gb},
@@ -85,6 +95,14 @@ def build_random(
     record = read_record(built)
     assert record is not None
     return record, sum(path.stat().st_size for path in (built / "engine").iterdir())
+
+
+def _text(directory: Path) -> Path:
+    """A text for calibration: its tokens are as random as the model."""
+    path = directory / "calibration.txt"
+    letters = Random(0).choices("abcdefghijklmnopqrstuvwxyz ", k=1 << 16)
+    path.write_text("".join(letters), encoding="utf-8")
+    return path
 
 
 def _rows(name: str, record: Mapping[str, Any]) -> list[list[str]]:

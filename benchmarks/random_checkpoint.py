@@ -12,7 +12,7 @@ from llmopt.optimizer.cache import publish
 from llmopt.optimizer.checkpoint import INDEX_NAME
 from llmopt.optimizer.weight_store import save_tensors
 
-__all__ = ["LLAMA_3B", "parameter_shapes", "write_random_llama"]
+__all__ = ["LLAMA_1B", "LLAMA_3B", "parameter_shapes", "write_random_llama"]
 
 LLAMA_3B: Mapping[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -43,6 +43,18 @@ LLAMA_3B: Mapping[str, Any] = {
     "dtype": "bfloat16",
 }
 """The config of Llama-3.2-3B, but for the ids of its special tokens."""
+
+LLAMA_1B: Mapping[str, Any] = {
+    **LLAMA_3B,
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+}
+"""Layers of the shape of TinyLlama-1.1B's."""
 
 _STD = 0.02
 

@@ -1,7 +1,7 @@
 """What a pass's calibration text reached: tokens per module and per expert, the lengths of its texts, and the gaps."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from llmopt.optimizer.contracts import PassContext
@@ -21,12 +21,14 @@ class Coverage:
     """Counts the tokens that reach each linear of a decoder while a pass calibrates.
 
     Args:
-        decoder: Of the model. Its layers' linears are expected to be reached; routers and the head may be counted too.
+        decoder: Of the model.
         text: What the pass looks at.
+        expected: The linears that should be reached; None: all of the layers. Others may be counted too.
     """
 
-    def __init__(self, decoder: Decoder, text: "Tokens") -> None:
+    def __init__(self, decoder: Decoder, text: "Tokens", expected: Collection[str] | None = None) -> None:
         self._layers = decoder.layers
+        self._expected = expected
         self._expert_linears = decoder.expert_linears
         self._text = text
         self._tokens: Counter[str] = Counter()
@@ -39,7 +41,8 @@ class Coverage:
     def unreached(self) -> list[str]:
         """The linears outside of experts that no token reached, in data order."""
         linears = [name for layer in self._layers for name in layer.linears]
-        return [name for name in linears if name not in self._expert_linears and not self._tokens[name]]
+        wanted = (name for name in linears if self._expected is None or name in self._expected)
+        return [name for name in wanted if name not in self._expert_linears and not self._tokens[name]]
 
     @property
     def experts(self) -> dict[str, list[int]]:
@@ -47,7 +50,7 @@ class Coverage:
         return {
             layer.name: [self._tokens[gate] for gate, _, _ in layer.mlp.experts]
             for layer in self._layers
-            if isinstance(layer.mlp, Experts)
+            if isinstance(layer.mlp, Experts) and any(name in self._tokens for name in layer.mlp.linears)
         }
 
     def details(self) -> dict[str, Any]:

@@ -5,13 +5,15 @@ a build that was killed continues at the layer it was in.
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from llmopt.calibration.coverage import Coverage
 from llmopt.calibration.hessian import Moments, TokenWeighting
 from llmopt.calibration.layerwise import Layerwise, observe_both
 from llmopt.calibration.observe import Observer
@@ -19,6 +21,7 @@ from llmopt.optimizer.cache import publish
 from llmopt.optimizer.contracts import PassContext
 from llmopt.optimizer.decoder import Layer
 from llmopt.optimizer.errors import PassError
+from llmopt.optimizer.memory_limit import return_memory
 from llmopt.optimizer.model import Model, Weight
 from llmopt.optimizer.weight_store import WeightStore, read_weights
 
@@ -57,12 +60,14 @@ class Stage:
         working: The text in front of their layer.
         exact: The same in the float model, where the plan says so.
         is_last: Whether it is the layer's last stage.
+        tokens: How many rows were shown, by the first of each of ``readers``.
     """
 
     readers: tuple[tuple[str, ...], ...]
     working: Layerwise
     exact: Layerwise | None
     is_last: bool
+    tokens: Counter[str] = field(default_factory=Counter)
 
     @property
     def index(self) -> int:
@@ -77,13 +82,23 @@ class Stage:
 
     def observe(self, observer: Observer) -> None:
         """Show what enters the first of each of ``readers``; see ``Layerwise.observe``."""
-        self.working.observe([each[0] for each in self.readers], observer)
+
+        def count(module: str, rows: Tensor) -> None:
+            self.tokens[module] += len(rows)
+            observer(module, rows)
+
+        self.working.observe([each[0] for each in self.readers], count)
 
     def observe_both(self, observer: Callable[[str, Tensor, Tensor], None]) -> None:
         """Show it beside what enters in the float model; see ``layerwise.observe_both``."""
         assert self.exact is not None
+
+        def count(module: str, rows: Tensor, exact: Tensor) -> None:
+            self.tokens[module] += len(rows)
+            observer(module, rows, exact)
+
         modules = [each[0] for each in self.readers]
-        observe_both(self.working, self.exact, modules, observer, exact_leaves=self.is_last)
+        observe_both(self.working, self.exact, modules, count, exact_leaves=self.is_last)
 
 
 Quantize = Callable[[Stage], tuple[dict[str, Weight], dict[str, LinearFacts]]]
@@ -102,6 +117,9 @@ def quantize_layers(
 
     Returns:
         All new weights, mapped from the context's store, and all facts.
+
+    Raises:
+        PassError: No token reached one of the linears.
     """
     runs = _Runs(model, plan, context)
     weights: dict[str, Weight] = {}
@@ -112,7 +130,12 @@ def quantize_layers(
         facts |= found
         if index + 1 < model.num_layers:
             runs.advance(made)
+        return_memory()
         context.progress(index + 1, model.num_layers)
+    coverage = Coverage(model.decoder, context.calibration(), plan.modules)
+    for module, about in facts.items():
+        coverage.add(module, about.pop("tokens", 0))
+    coverage.record(context)
     return weights, facts
 
 
@@ -179,6 +202,9 @@ def _new_layer(
         made, found = quantize(stage)
         weights |= made
         facts |= found
+        for readers in stage.readers:
+            for module in readers:
+                facts[module] = {**facts.get(module, {}), "tokens": stage.tokens[readers[0]]}
         runs.take(made)
     if work is None:
         return weights, facts

@@ -49,7 +49,7 @@ class Gptq(SchemeQuantPass):
         "(least squared error, each column by its activations).",
     )
     error_propagation: float = Field(
-        0.5,
+        0.25,
         ge=0,
         le=1,
         description="Share of the earlier layers' error that a linear's weights are corrected for before rounding.",

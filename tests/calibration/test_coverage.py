@@ -44,6 +44,14 @@ def test_tokens_are_summed_per_module(decoder_of):
     assert json.loads(json.dumps(details)) == details
 
 
+def test_only_what_is_expected_can_be_missed(decoder_of):
+    decoder = decoder_of("llama")
+    wanted = decoder.layers[0].linears[:2]
+    coverage = Coverage(decoder, TEXT, wanted)
+    coverage.add(wanted[0], 5)
+    assert coverage.unreached == [wanted[1]]
+
+
 def test_a_linear_that_nothing_reached_is_an_error_that_names_it(decoder_of):
     decoder = decoder_of("llama")
     lost = decoder.layers[1].linears[-1]

@@ -129,8 +129,9 @@ def test_a_killed_run_goes_on_at_the_layer_it_was_in(model, context, tmp_path: P
     expected = quantize_layers(model, plan, replace(context, work=tmp_path / "another"), whole)
     with pytest.raises(KeyboardInterrupt):
         quantize_layers(model, plan, context, Halving(model, until=model.decoder.layers[1].mlp.down))
-    rest = Halving(model)
-    weights, facts = quantize_layers(model, plan, context, rest)
+    rest, details = Halving(model), {}
+    weights, facts = quantize_layers(model, plan, replace(context, detail=details.__setitem__), rest)
+    assert details["coverage"]["modules"] == {"count": len(linears), "tokens": IDS.numel()}
     assert len(rest.stages) == 8
     for module, rows in rest.seen.items():
         assert torch.equal(rows, whole.seen[module])
@@ -143,9 +144,12 @@ def test_a_killed_run_goes_on_at_the_layer_it_was_in(model, context, tmp_path: P
 
 def test_experts_are_stages_of_their_own_rows(family_of, context, tmp_path: Path) -> None:
     model = load_model(str(family_of("mixtral")), cache=tmp_path)
-    quantize = Halving(model)
+    quantize, details = Halving(model), {}
+    context = replace(context, detail=details.__setitem__)
     quantize_layers(model, Plan(modules=model.linears()[:-1], twin=True), context, quantize)
     mlp = model.decoder.layers[0].mlp
+    reached = [len(quantize.seen[expert[0]]) for expert in mlp.experts]
+    assert details["coverage"]["experts"][model.decoder.layers[0].name] == reached
     assert quantize.stages[2:4] == [tuple(e[:2] for e in mlp.experts), tuple(e[2:] for e in mlp.experts)]
     assert mlp.experts[0][0] not in quantize.exact
-    assert sum(len(quantize.seen[expert[0]]) for expert in mlp.experts) == IDS.numel() * mlp.top_k
+    assert sum(reached) == IDS.numel() * mlp.top_k
