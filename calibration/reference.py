@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache
 
+from llmopt.calibration.activations import quantize_activations
 from llmopt.calibration.large_table import is_large, look_up_rows, multiply_by_blocks
 from llmopt.calibration.skeleton import Tables, skeleton
 from llmopt.optimizer.errors import InputError, UnsupportedError
 from llmopt.optimizer.model import DenseWeight, Model, QuantWeight, Weight
 from llmopt.optimizer.parameters import Parameter, module_parameters, their_name
-from llmopt.optimizer.scheme import QuantSpec
 
-__all__ = ["Reference", "fast_dtype", "quantize_per_token"]
+__all__ = ["Reference", "fast_dtype"]
 
 _BATCH_TOKENS = 2048
 
@@ -39,26 +39,11 @@ def fast_dtype() -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def quantize_per_token(x: Tensor) -> Tensor:
-    """Round each row to 255 levels between its largest magnitudes, as the W8A8 kernels do while they run.
-
-    Args:
-        x: Floats ``[..., in]``; each row of the last dimension is one token.
-
-    Returns:
-        Floats ``[..., in]``: ``q * m / 127`` with m the row's largest magnitude and q an integer in -127..127, ties to
-        even. No element moves by more than ``m / 254``. A row of zeros stays zero.
-    """
-    largest = x.abs().amax(dim=-1, keepdim=True)
-    steps = x / torch.where(largest > 0, largest, torch.ones_like(largest)) / (1 / 127)
-    return steps.round() * (largest / 127)
-
-
 class Reference:
     """A model on the CPU, with quantized weights as the numbers they stand for.
 
-    Linears whose scheme quantizes activations get them quantized per token. One part's weights are in memory at a
-    time, so call ``embed``, ``layer`` and ``head`` for all data before going on to the next part.
+    Linears whose scheme quantizes activations get them rounded (``activations.py``). One part's weights are in memory
+    at a time, so call ``embed``, ``layer`` and ``head`` for all data before going on to the next part.
 
     Args:
         model: What to run. Tied and untied heads, biases, dense and quantized weights.
@@ -315,7 +300,7 @@ class Reference:
                     f"{module} is an expert with quantized inputs, which transformers' module cannot compute",
                     hint="quantize the weights of experts only, as W8A16 or W4A16 do",
                 )
-            self._rounded[module] = _quantize_inputs(self._module(module), weight.scheme.input_activations)
+            self._rounded[module] = _quantize_inputs(self._module(module), weight)
 
     @contextmanager
     def _layers_as(self, forward: Callable[..., Tensor]) -> Iterator[None]:
@@ -375,8 +360,14 @@ def _rotate_inputs(linear: nn.Module, rotation: Tensor) -> None:
     linear.register_forward_pre_hook(rotated)
 
 
-def _quantize_inputs(linear: nn.Module, spec: QuantSpec) -> RemovableHandle:
-    """Round what enters ``linear`` as ``spec`` says, from now on."""
-    if (spec.num_bits, spec.type, spec.strategy, spec.symmetric, spec.dynamic) != (8, "int", "token", True, True):
-        raise UnsupportedError(f"activations can be quantized to dynamic symmetric int8 per token, not to {spec}")
-    return linear.register_forward_pre_hook(lambda module, inputs: (quantize_per_token(inputs[0]), *inputs[1:]))
+def _quantize_inputs(linear: nn.Module, weight: QuantWeight) -> RemovableHandle:
+    """Round what enters ``linear`` as the scheme of its weight says, from now on."""
+    spec = weight.scheme.input_activations
+    assert spec is not None
+    scale = weight.load().input_scale if weight.scheme.needs_input_scale else None
+    quantize_activations(torch.zeros(1, weight.shape[1]), spec, scale)  # what has no definition is refused now
+
+    def rounded(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (quantize_activations(inputs[0], spec, scale), *inputs[1:])
+
+    return linear.register_forward_pre_hook(rounded)

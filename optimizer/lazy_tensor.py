@@ -6,10 +6,15 @@ from typing import BinaryIO
 import numpy as np
 import onnx_ir as ir
 
-__all__ = ["StackedTensor", "lazy_tensor"]
+__all__ = ["StackedTensor", "bits_of", "lazy_tensor"]
 
 
-def lazy_tensor(name: str, dtype: ir.DataType, shape: Sequence[int], make: Callable[[], np.ndarray]) -> ir.LazyTensor:
+_BITS = "llmopt.bits"
+
+
+def lazy_tensor(
+    name: str, dtype: ir.DataType, shape: Sequence[int], make: Callable[[], np.ndarray], *, bits: int | None = None
+) -> ir.LazyTensor:
     """A tensor that is made each time it is read, and not kept: a graph costs no memory before it is saved.
 
     Args:
@@ -17,8 +22,17 @@ def lazy_tensor(name: str, dtype: ir.DataType, shape: Sequence[int], make: Calla
         dtype: Of the result; 4-bit types take int8 arrays with one value an element.
         shape: Of the result.
         make: Returns the array, of ``shape``.
+        bits: That its integers need, where the type has more; they are signed.
     """
-    return ir.LazyTensor(lambda: _tensor(name, dtype, make()), dtype=dtype, shape=ir.Shape(shape), name=name)
+    about = {} if bits is None else {_BITS: str(bits)}
+    return ir.LazyTensor(
+        lambda: _tensor(name, dtype, make()), dtype=dtype, shape=ir.Shape(shape), name=name, metadata_props=about
+    )
+
+
+def bits_of(tensor: ir.TensorProtocol) -> int:
+    """How many bits the tensor's integers need, as far as is known: no more than its type has."""
+    return int(tensor.metadata_props.get(_BITS, tensor.dtype.bitwidth))
 
 
 class StackedTensor(ir.LazyTensor):

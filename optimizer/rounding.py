@@ -9,7 +9,7 @@ from llmopt.optimizer.grid import spread, to_grid
 from llmopt.optimizer.model import QuantTensors
 from llmopt.optimizer.scheme import QuantSpec, Scheme
 
-__all__ = ["grid", "grids", "joined", "quantize", "quantize_on"]
+__all__ = ["grid", "grids", "joined", "quantize", "quantize_on", "static_scale"]
 
 
 def grid(groups: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
@@ -81,6 +81,13 @@ def quantize_on(weight: Tensor, scale: Tensor, zero: Tensor | None, scheme: Sche
     groups = weight.reshape(rows, scale.shape[1], -1)
     values = to_grid(groups, scale[:, :, None], None if zero is None else zero[:, :, None], spec)
     return QuantTensors(values.reshape(rows, columns), scale, zero)
+
+
+def static_scale(largest: float, scheme: Scheme) -> Tensor:
+    """The scale of inputs up to ``largest`` in magnitude, float32 ``[1]``, for a scheme that stores one."""
+    assert scheme.input_activations is not None
+    scale, _ = grid(torch.tensor([[[largest]]]), scheme.input_activations)
+    return scale.reshape(1)
 
 
 def joined(parts: Sequence[QuantTensors], spec: QuantSpec) -> QuantTensors:

@@ -21,25 +21,50 @@ class Target:
 
     def refusal(self, scheme: Scheme, *, experts: bool = False) -> str | None:
         """Why this target cannot run ``scheme`` in a linear, or in the experts of a mixture; None when it can."""
-        weights, activations = scheme.weights, scheme.input_activations
-        if weights.type != "int":
-            return "the cpu target has no floating-point weight kernels"
-        if experts and activations is not None:
+        if experts and scheme.input_activations is not None:
             return "the cpu target has no kernel for experts that quantizes activations; W8A16 and W4A16 leave them"
-        if activations is not None:
-            per_token = activations.num_bits == 8 and activations.type == "int" and activations.strategy == "token"
-            if not (per_token and activations.dynamic and activations.symmetric):
-                return "the cpu target quantizes activations to int8 per token, dynamic and symmetric, or not at all"
-            if not (weights.num_bits == 8 and weights.symmetric and weights.strategy == "channel"):
-                return "with int8 activations the cpu target needs symmetric int8 weights with one scale per channel"
-            return None
-        if weights.num_bits not in (4, 8):
-            return f"the cpu target has kernels for 4 and 8 bits, not for {weights.num_bits}"
-        if weights.strategy not in ("channel", "group"):
-            return "the cpu target takes weight scales per channel or per group"
-        if weights.group_size is not None and weights.group_size % 16:
-            return f"the cpu target needs a group size that is a multiple of 16, not {weights.group_size}"
+        if scheme.weights.type == "float":
+            return _fp8_refusal(scheme, experts=experts)
+        return _inputs_refusal(scheme) or _weights_refusal(scheme)
+
+
+def _fp8_refusal(scheme: Scheme, *, experts: bool) -> str | None:
+    """FP8 is computed in float32, from weights that become floats when the engine is loaded."""
+    inputs = scheme.input_activations
+    if experts:
+        return "the cpu target has no FP8 experts"
+    if inputs is None:
         return None
+    by_row = inputs.dynamic and inputs.strategy in ("token", "group")
+    if inputs.type != "float" or not (by_row or (not inputs.dynamic and inputs.strategy == "tensor")):
+        return (
+            "with FP8 weights the cpu target rounds activations to FP8: dynamic per token or group, static per tensor"
+        )
+    return None
+
+
+def _inputs_refusal(scheme: Scheme) -> str | None:
+    weights, inputs = scheme.weights, scheme.input_activations
+    if inputs is None:
+        return None
+    how = (inputs.num_bits, inputs.type, inputs.symmetric, inputs.strategy, inputs.dynamic)
+    if how not in ((8, "int", True, "token", True), (8, "int", True, "tensor", False)):
+        return (
+            "the cpu target quantizes activations of integer weights to symmetric int8, dynamic per token or "
+            "static per tensor, or not at all"
+        )
+    if not (weights.num_bits == 8 and weights.symmetric and weights.strategy in ("channel", "tensor")):
+        return "with int8 activations the cpu target needs symmetric int8 weights with one scale per channel or tensor"
+    return None
+
+
+def _weights_refusal(scheme: Scheme) -> str | None:
+    weights = scheme.weights
+    if weights.strategy not in ("tensor", "channel", "group"):
+        return "the cpu target takes integers' scales per tensor, per channel or per group"
+    if weights.group_size is not None and weights.group_size % 16:
+        return f"the cpu target needs a group size that is a multiple of 16, not {weights.group_size}"
+    return None
 
 
 TARGETS = {

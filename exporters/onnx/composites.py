@@ -4,6 +4,9 @@ They are ONNX local functions in the domain ``llmopt``. A graph pass matches the
 nothing of it runs the body.
 """
 
+from typing import Literal
+
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -15,7 +18,10 @@ __all__ = [
     "OPSET",
     "activated",
     "experts",
+    "quantize_dequantize_fp8_per_group",
+    "quantize_dequantize_fp8_per_token",
     "quantize_dequantize_per_token",
+    "quantize_dequantize_static",
     "rotate_blocks",
     "select_rows",
     "sliding_window_mask",
@@ -24,6 +30,8 @@ __all__ = [
 
 DOMAIN = "llmopt"
 OPSET = 24
+
+_FP8_ZERO = ir.tensor(np.zeros((), ml_dtypes.float8_e4m3fn))
 
 
 def _ints(builder: GraphBuilder, *values: int) -> ir.Value:
@@ -66,6 +74,57 @@ def rotate_blocks() -> ir.Function:
     blocks = builder.op("Reshape", x, builder.op("Concat", _ints(builder, -1), width, axis=0))
     y = builder.op("Reshape", builder.op("MatMul", blocks, rotation), builder.op("Shape", x), name="y")
     return _function("RotateBlocks", [x, rotation], [y], builder, [])
+
+
+def quantize_dequantize_static(kind: Literal["int", "float"]) -> ir.Function:
+    """``QuantizeDequantizeStatic(x, scale) -> y``: rounding of activations with a scale known in advance.
+
+    ``y = q * scale`` with q = ``x / scale`` rounded to an integer in -128..127, kept as uint8 around 128; with kind
+    float the composite is ``QuantizeDequantizeFp8Static``, and q is rounded to E4M3.
+    """
+    builder = GraphBuilder()
+    x, scale = _values("x", "scale")
+    zero = builder.op("Constant", value=ir.tensor(np.uint8(128)) if kind == "int" else _FP8_ZERO)
+    y = builder.op("DequantizeLinear", builder.op("QuantizeLinear", x, scale, zero), scale, zero, name="y")
+    name = "QuantizeDequantizeStatic" if kind == "int" else "QuantizeDequantizeFp8Static"
+    return _function(name, [x, scale], [y], builder, [])
+
+
+def quantize_dequantize_fp8_per_token() -> ir.Function:
+    """``QuantizeDequantizeFp8PerToken(x) -> y``: FP8 rounding of activations with one scale a token.
+
+    For each row of ``x`` float32 ``[..., columns]``: ``s = max(max|x| / 448, 2^-126)``, ``y = e4m3(x / s) * s``.
+    """
+    builder = GraphBuilder()
+    (x,) = _values("x")
+    return _function("QuantizeDequantizeFp8PerToken", [x], [_fp8_rows(builder, x, "y")], builder, [])
+
+
+def quantize_dequantize_fp8_per_group() -> ir.Function:
+    """``QuantizeDequantizeFp8PerGroup(x; size) -> y``: the same with one scale for each ``size`` columns of a token.
+
+    The last group of a row may be narrower.
+    """
+    builder = GraphBuilder()
+    (x,) = _values("x")
+    columns, size = builder.op("Shape", x, start=-1), _attribute(builder, "size", 0)
+    beyond = builder.op("Mod", builder.op("Neg", columns), size)
+    pads = builder.op("Concat", _ints(builder, 0), beyond, axis=0)
+    padded = builder.op("Pad", x, pads, None, _ints(builder, -1))
+    groups = builder.op("Concat", builder.op("Shape", x, end=-1), _ints(builder, -1), size, axis=0)
+    rounded = _fp8_rows(builder, builder.op("Reshape", padded, groups), "rounded")
+    whole = builder.op("Reshape", rounded, builder.op("Shape", padded))
+    y = builder.op("Slice", whole, _ints(builder, 0), columns, _ints(builder, -1), name="y")
+    return _function("QuantizeDequantizeFp8PerGroup", [x], [y], builder, ["size"])
+
+
+def _fp8_rows(builder: GraphBuilder, x: ir.Value, name: str) -> ir.Value:
+    """``x`` rounded to E4M3 with one scale for each row of its last dimension."""
+    most, least = (builder.op("Constant", value=ir.tensor(np.float32(number))) for number in (448, 2.0**-126))
+    largest = builder.op("ReduceMax", builder.op("Abs", x), _ints(builder, -1), keepdims=1)
+    scale = builder.op("Max", builder.op("Div", largest, most), least)
+    rounded = builder.op("Cast", builder.op("Div", x, scale), to=ir.DataType.FLOAT8E4M3FN.value)
+    return builder.op("Mul", builder.op("Cast", rounded, to=ir.DataType.FLOAT.value), scale, name=name)
 
 
 def select_rows() -> ir.Function:

@@ -7,7 +7,15 @@ from llmopt.exporters.onnx import composites
 from llmopt.exporters.onnx.builder import GraphBuilder
 from llmopt.exporters.onnx.composites import DOMAIN, OPSET
 from llmopt.exporters.onnx.rope import rope_tables
-from llmopt.exporters.onnx.weights import expert_weights, linear_weight, packed_order, reordered, table, vector
+from llmopt.exporters.onnx.weights import (
+    expert_weights,
+    input_scale,
+    linear_weight,
+    packed_order,
+    reordered,
+    table,
+    vector,
+)
 from llmopt.optimizer.decoder import Activation, Attention, Decoder, Experts, Layer, Mlp, Norm, Rope
 from llmopt.optimizer.model import Model, QuantWeight
 
@@ -255,7 +263,7 @@ class _Graph:
             weight, bias = reordered(weight, order), None if bias is None else reordered(bias, order)
         x = self._rotated_input(module, x)
         if isinstance(weight, QuantWeight) and weight.scheme.input_activations is not None:
-            x = self._round_activations(x)
+            x = self._round_activations(x, weight)
         y = self.builder.op("MatMul", x, linear_weight(self.builder, module, weight), name=f"{module}.output")
         if bias is None:
             return y
@@ -269,12 +277,27 @@ class _Graph:
         matrix = table(self.builder, f"{module}.input_rotation", rotation)
         return self._composite(composites.rotate_blocks(), x, matrix, name=f"{x.name}.turned")
 
-    def _round_activations(self, x: ir.Value) -> ir.Value:
-        """``x`` rounded per token, once for all linears that read it."""
-        name = f"{x.name}.rounded"
-        if name not in self.made:
-            self.made[name] = self._composite(composites.quantize_dequantize_per_token(), x, name=name)
-        return self.made[name]
+    def _round_activations(self, x: ir.Value, weight: QuantWeight) -> ir.Value:
+        """``x`` rounded as the weight's scheme says, once for all linears that read it rounded so."""
+        spec = weight.scheme.input_activations
+        assert spec is not None
+        inputs, attributes = [x], {}
+        if not spec.dynamic:
+            function = composites.quantize_dequantize_static(spec.type)
+            inputs.append(input_scale(self.builder, str(x.name), weight))
+        elif spec.group_size is not None:
+            function = composites.quantize_dequantize_fp8_per_group()
+            attributes = {"size": spec.group_size}
+        elif spec.type == "float":
+            function = composites.quantize_dequantize_fp8_per_token()
+        else:
+            function = composites.quantize_dequantize_per_token()
+        made = f"{function.name}({', '.join(str(value.name) for value in inputs)}, {attributes})"
+        if made not in self.made:
+            name = f"{x.name}.rounded"
+            name = name if name not in self.made else f"{name}({function.name})"
+            self.made[made] = self.made[name] = self._composite(function, *inputs, name=name, **attributes)
+        return self.made[made]
 
     def _head(self, hidden: ir.Value) -> ir.Value:
         builder, decoder = self.builder, self.decoder
@@ -293,7 +316,7 @@ class _Graph:
             return self._linear(head, hidden)
         weight = self.model.weights[self.model.weight_of(head)]
         if isinstance(weight, QuantWeight) and weight.scheme.input_activations is not None:
-            hidden = self._round_activations(hidden)
+            hidden = self._round_activations(hidden, weight)
         transposed = self.builder.op("Transpose", self.table, perm=[1, 0], name=f"{head}.weight")
         return self.builder.op("MatMul", hidden, transposed, name=f"{head}.output")
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import torch
@@ -16,9 +17,10 @@ from llmopt.optimizer.lazy_tensor import StackedTensor, lazy_tensor
 from llmopt.optimizer.model import DenseWeight, QuantWeight, Weight
 from llmopt.optimizer.scheme import Scheme
 
-__all__ = ["expert_weights", "linear_weight", "packed_order", "reordered", "table", "vector"]
+__all__ = ["expert_weights", "input_scale", "linear_weight", "packed_order", "reordered", "table", "vector"]
 
-_INTEGERS = {8: ir.DataType.INT8, 4: ir.DataType.INT4}
+_INTEGERS = {8: ir.DataType.INT8, 4: ir.DataType.INT4, 3: ir.DataType.INT4, 2: ir.DataType.INT4}
+"""Opset 24 has no type of 2 or 3 bits; tensors of such numbers say how many they have (``bits_of``)."""
 
 
 def vector(builder: GraphBuilder, name: str, weight: Weight, *, offset: float = 0.0) -> ir.Value:
@@ -26,6 +28,13 @@ def vector(builder: GraphBuilder, name: str, weight: Weight, *, offset: float = 
     return builder.initializer(
         lazy_tensor(name, ir.DataType.FLOAT, weight.shape, lambda: (weight.dense() + offset).numpy())
     )
+
+
+def input_scale(builder: GraphBuilder, name: str, weight: QuantWeight) -> ir.Value:
+    """The stored scale of a linear's inputs, a float32 scalar; one initializer for equal ones of the same input."""
+    scale = weight.load().input_scale
+    assert scale is not None
+    return builder.constant(scale.numpy().reshape(()), f"{name}.scale")
 
 
 def packed_order(attention: Attention) -> np.ndarray:
@@ -80,10 +89,10 @@ def _stacked(builder: GraphBuilder, name: str, experts: list[tuple[Weight, ...]]
     dtype, size = _INTEGERS[spec.num_bits], spec.group_size or columns
     inputs = [
         initializer("", dtype, columns, lambda weight: weight.load().values),
-        initializer("_scale", ir.DataType.FLOAT, columns // size, lambda weight: weight.load().scale),
+        initializer("_scale", ir.DataType.FLOAT, columns // size, lambda weight: weight.load().by_row().scale),
     ]
     if not spec.symmetric:
-        inputs.append(initializer("_zero_point", dtype, columns // size, lambda weight: weight.load().zero))
+        inputs.append(initializer("_zero_point", dtype, columns // size, lambda weight: weight.load().by_row().zero))
     return builder.op("DequantizeLinear", *inputs, axis=1, block_size=size, name=f"{name}_dequantized")
 
 
@@ -107,8 +116,8 @@ def _one_scheme(name: str, experts: list[tuple[Weight, ...]]) -> Scheme | None:
 def linear_weight(builder: GraphBuilder, module: str, weight: Weight) -> ir.Value:
     """The float32 ``[in, out]`` that a MatMul multiplies with: an initializer, or DequantizeLinear of one.
 
-    Integers are ``[in, out]``. Per-channel scales are ``[out]``, with DequantizeLinear's axis 1; grouped ones
-    ``[groups, out]`` with axis 0 and the group size as block_size.
+    Numbers are ``[in, out]``. Per-channel scales are ``[out]``, with DequantizeLinear's axis 1; grouped ones
+    ``[groups, out]`` with axis 0 and the group size as block_size. A scale of several outputs is repeated for each.
     """
     name = f"{module}.weight"
     if isinstance(weight, DenseWeight):
@@ -143,32 +152,40 @@ def _fill(array: np.ndarray, weight: Weight) -> None:
         first += len(block)
 
 
+def _array(tensor: Tensor) -> np.ndarray:
+    """The same memory for numpy, which knows FP8 by ml_dtypes only."""
+    if tensor.dtype == torch.float8_e4m3fn:
+        return tensor.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn)
+    array: np.ndarray = tensor.numpy()
+    return array
+
+
 def _dequantized(builder: GraphBuilder, name: str, weight: QuantWeight, *, transposed: bool) -> ir.Value:
     """DequantizeLinear of the integers ``[out, in]``, or of their transpose ``[in, out]``."""
     spec = weight.scheme.weights
-    dtype = _INTEGERS[spec.num_bits]
+    dtype = ir.DataType.FLOAT8E4M3FN if spec.type == "float" else _INTEGERS[spec.num_bits]
     base = name.removesuffix(".weight")
-    grouped = spec.group_size is not None
+    size = spec.group_size or (None if spec.block_structure is None else spec.block_structure[1])
     rows, columns = weight.shape
 
     def initializer(suffix: str, kind: ir.DataType, part: Literal["values", "scale", "zero"]) -> ir.Value:
-        if part != "values" and not grouped:
+        if part != "values" and size is None:
             shape: tuple[int, ...] = (rows,)
         else:
             width = columns if part == "values" else weight.groups
             shape = (width, rows) if transposed else (rows, width)
 
         def make() -> np.ndarray:
-            tensor: Tensor = getattr(weight.load(), part)
-            return (tensor.T if transposed else tensor).contiguous().numpy().reshape(shape)
+            tensor: Tensor = getattr(weight.load().by_row(), part)
+            return _array((tensor.T if transposed else tensor).contiguous()).reshape(shape)
 
-        return builder.initializer(lazy_tensor(f"{base}.{suffix}", kind, shape, make))
+        return builder.initializer(lazy_tensor(f"{base}.{suffix}", kind, shape, make, bits=spec.num_bits))
 
     inputs = [initializer("weight", dtype, "values"), initializer("weight_scale", ir.DataType.FLOAT, "scale")]
     if not spec.symmetric:
         inputs.append(initializer("weight_zero_point", dtype, "zero"))
-    if grouped:
-        attributes = {"axis": 0 if transposed else 1, "block_size": spec.group_size}
+    if size is not None:
+        attributes = {"axis": 0 if transposed else 1, "block_size": size}
     else:
         attributes = {"axis": 1 if transposed else 0}
     return builder.op("DequantizeLinear", *inputs, name=f"{base}.weight_dequantized", **attributes)

@@ -6,14 +6,16 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from llmopt.optimizer.lazy_tensor import lazy_tensor
+from llmopt.optimizer.lazy_tensor import bits_of, lazy_tensor
 from llmopt.passes.graph._rules import attribute
 
 __all__ = ["BlockWeight", "block_size", "block_weight", "matmul_nbits", "pack_bits"]
 
 _BITS = {ir.DataType.INT8: 8, ir.DataType.INT4: 4}
-_MAX_BLOCK = {8: 64, 4: 32}
+_MAX_BLOCK = {8: 64, 4: 32, 2: 64}
 """Larger blocks compute rows in pairs and an odd last row differently: results would depend on the batch."""
+_MIN_BLOCK = {8: 16, 4: 16, 2: 32}
+"""Blocks of 16 with 2 bits have a kernel that is slow and computes one row otherwise than several."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,21 +39,27 @@ class BlockWeight:
 
 def block_size(group: int, bits: int) -> int | None:
     """The largest block that divides ``group``, keeps results independent of the batch, and has a kernel."""
-    return next((block for block in (64, 32, 16) if block <= _MAX_BLOCK[bits] and group % block == 0), None)
+    fitting = (block for block in (64, 32, 16) if _MIN_BLOCK[bits] <= block <= _MAX_BLOCK[bits])
+    return next((block for block in fitting if group % block == 0), None)
 
 
 def pack_bits(values: np.ndarray, bits: int) -> np.ndarray:
     """uint8 values below ``2**bits``, ``[..., n]`` -> bytes ``[..., ceil(n * bits / 8)]``, the lower bits first."""
     if bits == 8:
         return values
-    if values.shape[-1] % 2:
-        values = np.concatenate([values, np.zeros_like(values[..., :1])], axis=-1)
-    packed: np.ndarray = values[..., 0::2] | (values[..., 1::2] << 4)
+    per_byte = 8 // bits
+    if missing := -values.shape[-1] % per_byte:
+        values = np.concatenate([values, np.zeros((*values.shape[:-1], missing), np.uint8)], axis=-1)
+    packed = np.zeros((*values.shape[:-1], values.shape[-1] // per_byte), np.uint8)
+    for i in range(per_byte):
+        packed |= values[..., i::per_byte] << (bits * i)
     return packed
 
 
-def block_weight(node: ir.Node, name: str, *, transposed: bool) -> BlockWeight | str:
+def block_weight(node: ir.Node, name: str, *, transposed: bool, fewest_bits: int = 2) -> BlockWeight | str:
     """Repack the inputs of a DequantizeLinear; or why it has no such form.
+
+    Integers of 3 bits take 4, which is the next width that has a kernel, and so do those of 2 bits in groups of 16.
 
     One scale that covers several blocks is repeated, so nothing is rounded again.
 
@@ -59,15 +67,18 @@ def block_weight(node: ir.Node, name: str, *, transposed: bool) -> BlockWeight |
         node: Over integers ``[k, n]``, or ``[n, k]`` when ``transposed``.
         name: Of the new tensors.
         transposed: Whether rows are outputs already.
+        fewest_bits: That the kernel takes.
     """
     values, scales = (value.const_value if value is not None else None for value in node.inputs[:2])
     if values is None or scales is None or values.dtype not in _BITS:
         return "the weight is not constant, or has no 4- or 8-bit kernel"
-    bits = _BITS[values.dtype]
     n, k = values.shape.numpy() if transposed else reversed(values.shape.numpy())
     if not _is_per_output(node, len(scales.shape), transposed=transposed):
         return "the scales are not one per output, nor one per group of an output's inputs"
     group = attribute(node, "block_size", 0) or k
+    bits = _BITS[values.dtype]
+    if bits_of(values) == 2 >= fewest_bits and block_size(group, 2) is not None:
+        bits = 2
     # A channel's scale may cover a last block that is padded; a group's may not.
     block = block_size(group, bits) or (None if group != k else 16)
     if block is None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from llmopt.optimizer.lazy_tensor import lazy_tensor
+from llmopt.optimizer.lazy_tensor import bits_of, lazy_tensor
 from llmopt.passes.graph._rules import attribute, producer
 
 __all__ = ["Linear", "columns", "linear_of", "pack", "refusal"]
@@ -75,10 +75,10 @@ def _weights_refusal(weights: Sequence[ir.Value]) -> str | None:
     nodes = [node for weight in weights if (node := producer(weight, "DequantizeLinear")) is not None]
     if len(nodes) < len(weights):
         return "some of the linears are quantized and some are not"
-    if len({_kind(node) for node in nodes}) > 1:
-        return "the linears have different schemes"
     if any(value is not None and value.const_value is None for node in nodes for value in node.inputs):
         return "a weight is not constant"
+    if len({_kind(node) for node in nodes}) > 1:
+        return "the linears have different schemes"
     return None if all(_is_per_output(node) for node in nodes) else "the linears' scales are not one per output"
 
 
@@ -99,7 +99,8 @@ def _is_per_output(node: ir.Node) -> bool:
 
 
 def _kind(node: ir.Node) -> tuple[Any, ...]:
-    dtypes = tuple(value.dtype for value in node.inputs if value is not None)
+    tensors = [value.const_value for value in node.inputs if value is not None]
+    dtypes = tuple((tensor.dtype, bits_of(tensor)) for tensor in tensors if tensor is not None)
     return (dtypes, attribute(node, "axis", 1), attribute(node, "block_size", 0))
 
 
@@ -138,6 +139,10 @@ def _joined(op: Any, values: Sequence[ir.Value], *, name: str) -> Any:
     first = tensors[0]
     shape = [*first.shape.numpy()[:-1], sum(tensor.shape.numpy()[-1] for tensor in tensors)]
     joined = lazy_tensor(
-        name, first.dtype, shape, lambda: np.concatenate([tensor.numpy() for tensor in tensors], axis=-1)
+        name,
+        first.dtype,
+        shape,
+        lambda: np.concatenate([tensor.numpy() for tensor in tensors], axis=-1),
+        bits=bits_of(first),
     )
     return op.initializer(joined, name=name)

@@ -8,7 +8,7 @@ from onnxscript.rewriter import pattern
 
 from llmopt.optimizer.contracts import GraphPass, PassContext
 from llmopt.passes.graph._nbits import BlockWeight, block_weight, matmul_nbits
-from llmopt.passes.graph._rules import apply_groups, attribute, producer
+from llmopt.passes.graph._rules import apply_groups, attribute
 
 __all__ = ["LowerEmbedding"]
 
@@ -148,7 +148,8 @@ def _inputs(value: ir.Value) -> Sequence[ir.Value | None]:
 
 
 def _is_rounded(x: ir.Value | None) -> bool:
-    return producer(x, "QuantizeDequantizePerToken") is not None
+    node = None if x is None else x.producer()
+    return node is not None and node.op_type.startswith("QuantizeDequantize")
 
 
 def _not_per_row_int8(table: ir.Value) -> str | None:
@@ -166,7 +167,7 @@ def _not_per_row_int8(table: ir.Value) -> str | None:
 def _packed(table: ir.Value) -> BlockWeight | str:
     node = table.producer()
     assert node is not None
-    return block_weight(node, str(table.name).removesuffix(".weight_dequantized"), transposed=True)
+    return block_weight(node, str(table.name).removesuffix(".weight_dequantized"), transposed=True, fewest_bits=4)
 
 
 class LowerEmbedding(GraphPass):

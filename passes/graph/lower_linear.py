@@ -33,16 +33,10 @@ class _PerTokenRule(pattern.RewriteRuleClassBase):  # type: ignore[misc]
 
     def check(self, context: Any, integers: ir.Value, largest: ir.Value, weight: ir.Value, **matched: Any) -> Any:
         result = pattern.MatchResult()
-        if integers.dtype != ir.DataType.UINT8 or not _is_scalar(matched["step"]):
-            return result.fail("the activations are not uint8 with one step")
         if largest.shape is None or len(largest.shape) == 0 or largest.shape[-1] != 1:
             return result.fail("the activations' scales are not one per row")
-        values, node = matched["values"], _node(weight)
-        if values.dtype != ir.DataType.INT8:
-            return result.fail(f"the kernel multiplies int8 weights, not {values.dtype}")
-        if attribute(node, "axis", 1) != 1 or attribute(node, "block_size", 0):
-            return result.fail("the kernel takes one weight scale per output channel")
-        return result
+        reason = _no_integer_product(integers, matched["step"], matched["values"], _node(weight))
+        return result.fail(reason) if reason else result
 
     def rewrite(self, op: Any, integers: ir.Value, step: ir.Value, middle: ir.Value, **matched: Any) -> Any:
         weight = (matched["values"], step, matched["scale"], middle)
@@ -51,8 +45,28 @@ class _PerTokenRule(pattern.RewriteRuleClassBase):  # type: ignore[misc]
         return op.Mul(product, matched["largest"])
 
 
+class _StaticRule(pattern.RewriteRuleClassBase):  # type: ignore[misc]
+    """W8A8 with a scale of the inputs known in advance: integers times integers."""
+
+    def __init__(self) -> None:
+        super().__init__(name="lower_linear static W8A8", remove_nodes=False)
+
+    def pattern(self, op: Any, integers: Any, step: Any, middle: Any, values: Any, scale: Any) -> Any:
+        weight = op.DequantizeLinear(values, scale, _allow_other_attributes=True, _outputs=["weight"])
+        return op.MatMul(op.DequantizeLinear(integers, step, middle), weight)
+
+    def check(self, context: Any, integers: ir.Value, step: ir.Value, weight: ir.Value, **matched: Any) -> Any:
+        result = pattern.MatchResult()
+        reason = _no_integer_product(integers, step, matched["values"], _node(weight))
+        return result.fail(reason) if reason else result
+
+    def rewrite(self, op: Any, integers: ir.Value, step: ir.Value, middle: ir.Value, **matched: Any) -> Any:
+        weight = (matched["values"], step, matched["scale"], middle)
+        return op.MatMulIntegerToFloat(integers, *weight, _domain=_MICROSOFT)
+
+
 class _WeightOnlyRule(pattern.RewriteRuleClassBase):  # type: ignore[misc]
-    """W4A16 and W8A16: ``MatMul(x, DequantizeLinear(...))`` -> ``MatMulNBits``."""
+    """W2A16 to W8A16: ``MatMul(x, DequantizeLinear(...))`` -> ``MatMulNBits``."""
 
     def __init__(self) -> None:
         super().__init__(name="lower_linear weight-only", remove_nodes=False)
@@ -65,6 +79,8 @@ class _WeightOnlyRule(pattern.RewriteRuleClassBase):  # type: ignore[misc]
         result = pattern.MatchResult()
         if _is_rounded(x):
             return result.fail("its activations are quantized too")
+        if _is_fp8(_node(weight)):
+            return result.fail()  # there is no such kernel
         packed = block_weight(_node(weight), "weight", transposed=False)
         return result.fail(packed) if isinstance(packed, str) else result
 
@@ -121,19 +137,37 @@ def _is_scalar(value: ir.Value) -> bool:
     return value.shape is not None and len(value.shape) == 0
 
 
+def _no_integer_product(integers: ir.Value, step: ir.Value, values: ir.Value, weight: ir.Node) -> str | None:
+    """Why MatMulIntegerToFloat does not take these activations and the weight; None when it does."""
+    if integers.dtype != ir.DataType.UINT8 or not _is_scalar(step):
+        return "the activations are not uint8 with one step"
+    if values.dtype != ir.DataType.INT8:
+        return f"the kernel multiplies int8 weights, not {values.dtype}"
+    if attribute(weight, "axis", 1) != 1 or attribute(weight, "block_size", 0):
+        return "the kernel takes one weight scale per output channel"
+    return None
+
+
+def _is_fp8(node: ir.Node | None) -> bool:
+    """Whether the node makes floats of FP8 numbers."""
+    return node is not None and node.inputs[0] is not None and node.inputs[0].dtype == ir.DataType.FLOAT8E4M3FN
+
+
 def _is_rounded(x: ir.Value) -> bool:
-    """Whether ``x`` is integers times a scale for each row."""
+    """Whether ``x`` is integers times a scale, or times a scale for each row."""
+    if producer(x, "DequantizeLinear") is not None:
+        return True
     product = producer(x, "Mul")
     return product is not None and any(producer(factor, "DequantizeLinear") is not None for factor in product.inputs)
 
 
-def _multiplies_floats_of_integers(node: ir.Node) -> bool:
-    """Whether ``node`` is a MatMul with a DequantizeLinear, or with the transpose of one."""
+def _dequantization(node: ir.Node) -> ir.Node | None:
+    """The DequantizeLinear that ``node`` multiplies with, or with the transpose of, if it is such a MatMul."""
     if node.op_type != "MatMul":
-        return False
+        return None
     weight = node.inputs[1]
     transpose = producer(weight, "Transpose")
-    return producer(transpose.inputs[0] if transpose else weight, "DequantizeLinear") is not None
+    return producer(transpose.inputs[0] if transpose else weight, "DequantizeLinear")
 
 
 class LowerLinear(GraphPass):
@@ -142,10 +176,16 @@ class LowerLinear(GraphPass):
     def run(self, graph: ir.Model, context: PassContext) -> ir.Model:
         """See ``GraphPass.run``."""
         per_token = _PerTokenRule.rule()
-        products = [*per_token.commute(), _WeightOnlyRule.rule(), _TransposedRule.rule()]
+        products = [*per_token.commute(), _StaticRule.rule(), _WeightOnlyRule.rule(), _TransposedRule.rule()]
         apply_groups(graph, [products, _BiasRule.rule().commute()], context)
-        if left := [str(node.outputs[0].name) for node in graph.graph if _multiplies_floats_of_integers(node)]:
-            context.fallback(f"{len(left)} quantized linears turn their weights into floats in every call: {left[0]}")
+        made = {str(node.outputs[0].name): made for node in graph.graph if (made := _dequantization(node)) is not None}
+        if left := [name for name, node in made.items() if not _is_fp8(node)]:
+            context.fallback(f"{len(left)} quantized linears turn their weights into floats when loaded: {left[0]}")
+        if fp8 := [name for name, node in made.items() if _is_fp8(node)]:
+            context.note(
+                f"{len(fp8)} FP8 linears become float32 when the engine is loaded: this target has no FP8 kernels, "
+                "the engine shows what FP8 loses and is not fast"
+            )
         if any(node.op_type == "MatMulNBits" for node in graph.graph):
             context.note("MatMulNBits rounds activations to int8 per block inside the kernel (accuracy_level 4)")
         return graph

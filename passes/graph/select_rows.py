@@ -63,19 +63,23 @@ def _is_shared(value: ir.Value) -> bool:
     return is_constant and value.shape is not None and len(value.shape) <= 1
 
 
+_ROUNDINGS = tuple(
+    f"QuantizeDequantize{kind}" for kind in ("PerToken", "Static", "Fp8PerToken", "Fp8PerGroup", "Fp8Static")
+)
+
 _ROW_WISE: Mapping[tuple[str, str], Callable[[ir.Node], _Rows]] = {
     **{("", name): _always(0) for name in ("Sigmoid", "Tanh", "Relu", "Gelu")},
     **{("", name): _of_operands for name in ("Add", "Sub", "Mul", "Div")},
     **{("", name): _of_norm for name in ("RMSNormalization", "LayerNormalization")},
     ("", "MatMul"): _of_product,
     ("", "Split"): _of_split,
-    (_DOMAIN, "QuantizeDequantizePerToken"): _always(0),
+    **{(_DOMAIN, name): _always(0) for name in _ROUNDINGS},
     (_DOMAIN, "RotateBlocks"): _always(0),
     (_DOMAIN, "Experts"): _always(0, 1),  # a token's row and its scores
 }
 
 
-_AGAIN = ("QuantizeDequantizePerToken",)
+_AGAIN = _ROUNDINGS
 """Done once more for the picked rows when others need it for all: a linear takes the integers of its own rows."""
 
 

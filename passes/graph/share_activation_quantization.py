@@ -1,4 +1,4 @@
-"""Round the input of W8A8 linears once for all that read it."""
+"""Round the input of W8A8 linears, per token or with a known scale, once for all that read it."""
 
 from typing import Any
 
@@ -31,10 +31,22 @@ class _RoundingRule(pattern.RewriteRuleClassBase):  # type: ignore[misc]
         return op.Mul(op.DequantizeLinear(integers, step, middle), largest)
 
 
+class _StaticRule(pattern.RewriteRuleClassBase):  # type: ignore[misc]
+    """``QuantizeDequantizeStatic(x, scale)`` -> the integers as a value that every linear can take."""
+
+    def pattern(self, op: Any, x: Any, scale: Any) -> Any:
+        return op.QuantizeDequantizeStatic(x, scale, _domain="llmopt")
+
+    def rewrite(self, op: Any, x: ir.Value, scale: ir.Value) -> Any:
+        middle = op.Constant(value=ir.tensor(np.uint8(128)))
+        integers = op.QuantizeLinear(x, scale, middle, _outputs=[f"{x.name}.integers"])
+        return op.DequantizeLinear(integers, scale, middle)
+
+
 class ShareActivationQuantization(GraphPass):
     """One rounding of each value, whose integers ``lower_linear`` hands to the kernels of all its readers."""
 
     def run(self, graph: ir.Model, context: PassContext) -> ir.Model:
         """See ``GraphPass.run``."""
-        apply_rules(graph, [_RoundingRule.rule()], context)
+        apply_rules(graph, [_RoundingRule.rule(), _StaticRule.rule()], context)
         return graph

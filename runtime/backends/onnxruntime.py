@@ -67,6 +67,8 @@ def _open_session(path: Path, target: str, threads: int, *, packed: bool) -> Any
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     # Without VNNI, u8 x s8 products overflow 16 bits; this makes ONNX Runtime take exact kernels there, and only there.
     options.add_session_config_entry("session.x64quantprecision", "1")
+    # FP8 weights have no kernel: without this they would be turned into floats in every call instead of once.
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
     # Between two runs the cores belong to the server; idle worker threads that spin would take them.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.add_session_config_entry("session.disable_prepacking", str(int(not packed)))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from llmopt.calibration.reference import Reference, quantize_per_token
+from llmopt.calibration.reference import Reference
 from llmopt.optimizer.errors import InputError, UnsupportedError
 from llmopt.optimizer.model import DenseWeight, QuantTensors, QuantWeight
 from llmopt.optimizer.scheme import PRESETS
@@ -266,16 +266,6 @@ def test_experts_with_quantized_inputs_are_refused(loaded):
     changed = {f"{name}.weight": int8(model.weights[f"{name}.weight"].dense())}
     with pytest.raises(UnsupportedError, match=f"{name} is an expert with quantized inputs"):
         Reference(model.with_weights(changed))
-
-
-def test_per_token_rounding_is_the_naive_one():
-    x = torch.randn(4, 7, 33, generator=torch.Generator().manual_seed(1))
-    x[1, 2] = 0
-    rounded = quantize_per_token(x)
-    torch.testing.assert_close(rounded, naive_per_token(x))
-    half_step = x.abs().amax(-1, keepdim=True) / 254
-    assert ((rounded - x).abs() <= half_step * (1 + 1e-5)).all()
-    assert (rounded[1, 2] == 0).all()
 
 
 def test_the_model_is_left_alone(pair_of):

@@ -8,6 +8,7 @@ from llmopt.optimizer.target import TARGETS
 
 CPU = TARGETS["cpu"]
 TOKEN = {"num_bits": 8, "strategy": "token", "dynamic": True}
+STATIC = {"num_bits": 8, "strategy": "tensor", "dynamic": False}
 
 
 def scheme(activations=None, **weights):
@@ -21,7 +22,7 @@ def test_every_preset_runs(name):
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("size", [-1, 16, 32, 48, 64, 96, 128, 192])
 def test_weight_only_runs_in_groups_of_any_multiple_of_16(bits, size, symmetric):
     assert CPU.refusal(scheme(num_bits=bits, symmetric=symmetric).with_group_size(size)) is None
@@ -30,22 +31,22 @@ def test_weight_only_runs_in_groups_of_any_multiple_of_16(bits, size, symmetric)
 @pytest.mark.parametrize(
     ("refused", "why"),
     [
-        (scheme(type="float"), "no floating-point weight kernels"),
-        (scheme(num_bits=3), "4 and 8 bits, not for 3"),
-        (scheme(num_bits=2), "4 and 8 bits, not for 2"),
-        (scheme(strategy="tensor"), "per channel or per group"),
-        (scheme(strategy="block"), "per channel or per group"),
-        (scheme(strategy="token"), "per channel or per group"),
+        (scheme(strategy="block", block_structure=(128, 128)), "per tensor, per channel or per group"),
+        (scheme(strategy="token"), "per tensor, per channel or per group"),
+        (scheme(TOKEN, type="float"), "rounds activations to FP8"),
+        (scheme(STATIC, type="float"), "rounds activations to FP8"),
+        (scheme(STATIC | {"type": "float", "dynamic": True}, type="float"), "rounds activations to FP8"),
+        (scheme(TOKEN | {"type": "float", "dynamic": False}, type="float"), "rounds activations to FP8"),
         (scheme(strategy="group", group_size=8), "multiple of 16, not 8"),
         (scheme(strategy="group", group_size=40), "multiple of 16, not 40"),
-        (scheme(TOKEN | {"dynamic": False}), "int8 per token, dynamic and symmetric"),
-        (scheme(TOKEN | {"symmetric": False}), "int8 per token, dynamic and symmetric"),
-        (scheme(TOKEN | {"strategy": "tensor"}), "int8 per token, dynamic and symmetric"),
-        (scheme(TOKEN | {"num_bits": 4}), "int8 per token, dynamic and symmetric"),
-        (scheme(TOKEN | {"type": "float"}), "int8 per token, dynamic and symmetric"),
-        (scheme(TOKEN, num_bits=4), "symmetric int8 weights with one scale per channel"),
-        (scheme(TOKEN, symmetric=False), "symmetric int8 weights with one scale per channel"),
-        (scheme(TOKEN, strategy="group", group_size=32), "symmetric int8 weights with one scale per channel"),
+        (scheme(TOKEN | {"dynamic": False}), "symmetric int8, dynamic per token"),
+        (scheme(TOKEN | {"symmetric": False}), "symmetric int8, dynamic per token"),
+        (scheme(STATIC | {"dynamic": True}), "symmetric int8, dynamic per token"),
+        (scheme(TOKEN | {"num_bits": 4}), "symmetric int8, dynamic per token"),
+        (scheme(TOKEN | {"type": "float"}), "symmetric int8, dynamic per token"),
+        (scheme(TOKEN, num_bits=4), "symmetric int8 weights with one scale per channel or tensor"),
+        (scheme(TOKEN, symmetric=False), "symmetric int8 weights with one scale per channel or tensor"),
+        (scheme(TOKEN, strategy="group", group_size=32), "symmetric int8 weights with one scale per channel or tensor"),
     ],
 )
 def test_what_has_no_kernel_is_refused_with_the_reason(refused, why):
@@ -64,7 +65,17 @@ def test_experts_run_every_preset_that_leaves_activations(name):
 
 
 def test_experts_run_no_scheme_that_linears_do_not():
-    assert CPU.refusal(scheme(num_bits=3), experts=True) == CPU.refusal(scheme(num_bits=3))
+    refused = scheme(strategy="group", group_size=40)
+    assert CPU.refusal(refused, experts=True) == CPU.refusal(refused)
+
+
+def test_experts_do_not_run_fp8():
+    assert CPU.refusal(scheme(type="float"), experts=True) == "the cpu target has no FP8 experts"
+
+
+@pytest.mark.parametrize("strategy", ["channel", "tensor"])
+def test_int8_inputs_may_have_a_stored_scale(strategy):
+    assert CPU.refusal(scheme(STATIC, strategy=strategy)) is None
 
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=lambda target: target.name)

@@ -6,18 +6,22 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from llmopt.calibration.reference import quantize_per_token
+from llmopt.calibration.activations import quantize_activations, quantize_per_token
 from llmopt.exporters.onnx.composites import (
     DOMAIN,
     OPSET,
     experts,
+    quantize_dequantize_fp8_per_group,
+    quantize_dequantize_fp8_per_token,
     quantize_dequantize_per_token,
+    quantize_dequantize_static,
     rotate_blocks,
     select_rows,
     sliding_window_mask,
     slot_attention,
 )
 from llmopt.exporters.onnx.standard import IR_VERSION
+from llmopt.optimizer.scheme import PRESETS, QuantSpec
 
 HEADS, KV_HEADS, HEAD_DIM, CAPACITY = 4, 2, 8, 12
 FLOAT, BOOL = ir.DataType.FLOAT, ir.DataType.BOOL
@@ -83,6 +87,28 @@ def test_columns_are_rotated_block_by_block(numbers, shape):
     (found,) = run(rotate_blocks(), {"x": x, "rotation": rotation})
     expected = x @ np.kron(np.eye(shape[-1] // 8, dtype=np.float32), rotation)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("columns", [40, 128, 300])
+@pytest.mark.parametrize("name", ["FP8_DYNAMIC", "FP8_BLOCK"])
+def test_fp8_is_rounded_as_the_reference_rounds_it(numbers, name, columns):
+    x = numbers(2, 3, columns) * np.float32(10)
+    x[1, 2] = 0
+    grouped = name == "FP8_BLOCK"
+    function = quantize_dequantize_fp8_per_group() if grouped else quantize_dequantize_fp8_per_token()
+    (found,) = run(function, {"x": x}, **({"size": 128} if grouped else {}))
+    expected = quantize_activations(torch.from_numpy(x), PRESETS[name].input_activations).numpy()
+    np.testing.assert_array_equal(found, expected)  # the same float operations in the same order
+
+
+@pytest.mark.parametrize(("kind", "scale"), [("int", 0.05), ("float", 0.003)])
+def test_a_static_scale_rounds_as_the_reference_does(numbers, kind, scale):
+    x = np.concatenate([numbers(4, 40), [[1e6, -1e6, 0, scale] * 10]]).astype(np.float32)
+    inputs = {"x": x, "scale": np.array(scale, np.float32)}
+    (found,) = run(quantize_dequantize_static(kind), inputs)
+    spec = QuantSpec(num_bits=8, type=kind, strategy="tensor")
+    expected = quantize_activations(torch.from_numpy(x), spec, torch.tensor([scale])).numpy()
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_rows_count_through_batch_and_tokens(numbers):
