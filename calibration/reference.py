@@ -24,9 +24,11 @@ from llmopt.optimizer.errors import InputError, UnsupportedError
 from llmopt.optimizer.model import DenseWeight, Model, QuantWeight, Weight
 from llmopt.optimizer.parameters import Parameter, module_parameters, their_name
 
-__all__ = ["Reference", "fast_dtype"]
+__all__ = ["KeysValues", "Reference", "fast_dtype"]
 
 _BATCH_TOKENS = 2048
+
+KeysValues = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """How transformers calls a layer: what it passes behind the hidden states, by position and by name."""
@@ -50,6 +52,9 @@ class Reference:
         threads: PyTorch threads while it runs; None keeps the process's number.
         resident: Whether to load all weights once and keep them, which pays when ``decode`` visits them for each token.
         dtype: What it computes in. Anything but float32 is for text, not for judging.
+        keys_values: Called with a layer's index and its keys and values ``[n, kv_heads, t, head_dim]``, behind norms
+            and rope; returns what attention sees instead of them. By default they are rounded to int8 where the model
+            has scales for its cache.
 
     Raises:
         InputError: The config asks for a weight that the checkpoint does not have, or has in another shape.
@@ -63,10 +68,14 @@ class Reference:
         threads: int | None = None,
         resident: bool = False,
         dtype: torch.dtype = torch.float32,
+        keys_values: KeysValues | None = None,
     ) -> None:
         self.model = model
         self.dtype = dtype
         self.resident = resident
+        if keys_values is None and model.cache_scales(0) is not None:
+            keys_values = _int8_cache(model, dtype)
+        self._keys_values = keys_values
         self._threads = threads
         self._network: Any = skeleton(model, dtype)
         self._tables = Tables(self._network)
@@ -163,7 +172,12 @@ class Reference:
         """The next token's logits, float32 ``[n, vocab]``, for ids int64 ``[n, t]`` that follow what ``cache`` holds.
 
         The ids are added to ``cache``, which starts as an empty ``DynamicCache()``.
+
+        Raises:
+            UnsupportedError: Keys and values are changed on their way, which this cache does not do.
         """
+        if self._keys_values is not None:
+            raise UnsupportedError("text cannot be made by a model whose cache is quantized", hint="use its source")
         if cache.get_seq_length() == 0:
             self._tables.restore()
         layers = nullcontext() if self.resident else self._layers_as(self._loaded_layer)
@@ -339,8 +353,11 @@ class Reference:
                 return hidden
 
             self._tables.restore()
+            cache = None if self._keys_values is None else _PassingCache(self._keys_values)
             with torch.no_grad(), self._layers_as(write_down):
-                self._network.base_model(inputs_embeds=self._nothing(n, t), use_cache=False)
+                self._network.base_model(
+                    inputs_embeds=self._nothing(n, t), use_cache=cache is not None, past_key_values=cache
+                )
             self._arguments = ((n, t), calls)
         return self._arguments[1]
 
@@ -358,6 +375,38 @@ def _rotate_inputs(linear: nn.Module, rotation: Tensor) -> None:
         return (x.reshape(*x.shape[:-1], -1, len(rotation)) @ rotation).reshape(x.shape), *inputs[1:]
 
     linear.register_forward_pre_hook(rotated)
+
+
+class _PassingCache(DynamicCache):
+    """What transformers takes for an empty cache: it hands keys and values on and remembers nothing."""
+
+    def __init__(self, change: KeysValues) -> None:
+        super().__init__()
+        self._change = change
+
+    def update(  # type: ignore[override]
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """See ``DynamicCache.update``."""
+        return self._change(layer_idx, key_states, value_states)
+
+
+def _int8_cache(model: Model, dtype: torch.dtype) -> KeysValues:
+    """Rounds keys and values as an int8 cache does: ``clamp(round(x / scale), -128, 127) * scale``, ties to even."""
+
+    def rounded(index: int, *pair: Tensor) -> tuple[Tensor, Tensor]:
+        scales = model.cache_scales(index)
+        assert scales is not None
+        keys, values = (_rounded_heads(x, scale.dense()).to(dtype) for x, scale in zip(pair, scales, strict=True))
+        return keys, values
+
+    return rounded
+
+
+def _rounded_heads(x: Tensor, scale: Tensor) -> Tensor:
+    """``x`` ``[n, kv_heads, t, head_dim]`` with a scale for each head's columns, or one for all."""
+    each = scale.expand(x.shape[1] * x.shape[3]).reshape(1, x.shape[1], 1, x.shape[3])
+    return (x / each).round().clamp(-128, 127) * each
 
 
 def _quantize_inputs(linear: nn.Module, weight: QuantWeight) -> RemovableHandle:

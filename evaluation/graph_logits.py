@@ -59,7 +59,9 @@ def _empty_cache(session: Any, windows: int, tokens: int) -> dict[str, np.ndarra
     """Zeros for every past key and value, with room for ``tokens``."""
     sizes = {"batch": windows, "capacity": tokens}
     return {
-        value.name: np.zeros([sizes.get(size, size) for size in value.shape], np.float32)
+        value.name: np.zeros(
+            [sizes.get(size, size) for size in value.shape], np.int8 if value.type == "tensor(int8)" else np.float32
+        )
         for value in session.get_inputs()
         if value.name.startswith("past.")
     }

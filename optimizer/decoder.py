@@ -82,6 +82,12 @@ class Attention:
         return (*self.inputs, self.output)
 
     @property
+    def cache_scales(self) -> tuple[str, str]:
+        """The weights that hold the scales of cached keys and values, in a model whose cache is quantized."""
+        module = self.output.rpartition(".")[0]
+        return f"{module}.k_scale", f"{module}.v_scale"
+
+    @property
     def values_in(self) -> str:
         """The linear that makes the values."""
         name = self.packed or self.value

@@ -237,6 +237,15 @@ class Model:
         """Whether the head uses the embedding's table."""
         return f"{self.arch.head}.weight" not in self.weights
 
+    def cache_scales(self, index: int) -> tuple[Weight, Weight] | None:
+        """The scales of layer ``index``'s cached keys and values, float32 ``[kv_heads * head_dim]`` or ``[1]``.
+
+        A cached number is ``round(x / scale)`` within -128..127. None where the cache is in float; then it is in all
+        layers.
+        """
+        keys, values = self.decoder.layers[index].attention.cache_scales
+        return (self.weights[keys], self.weights[values]) if keys in self.weights else None
+
     def weight_of(self, module: str) -> str:
         """The parameter name of a linear module's weight; the head of a tied model has the embedding's."""
         if module == self.arch.head and self.is_tied:

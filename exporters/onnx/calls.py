@@ -55,7 +55,9 @@ def run_calls(
     """
     generator = np.random.default_rng(seed)
     shape = (1, decoder.kv_heads, CAPACITY, decoder.head_dim)
-    caches = [np.zeros(shape, np.float32), np.zeros(shape, np.float32)]
+    kinds = {value.name: value.type for value in session.get_inputs()}
+    dtype = np.int8 if kinds["past.0.key"] == "tensor(int8)" else np.float32
+    caches = [np.zeros(shape, dtype), np.zeros(shape, dtype)]
     results = []
     for call in CALLS:
         batch = len(call.lengths)

@@ -157,40 +157,59 @@ def sliding_window_mask() -> ir.Function:
     return _function("SlidingWindowMask", [positions, past_key], [mask], builder, ["window"])
 
 
-def slot_attention() -> ir.Function:
+def slot_attention(*, int8: bool = False) -> ir.Function:
     """Causal attention of new tokens over a slot's cache, which it appends to in place.
 
-    ``SlotAttention(query, key, value, past_key, past_value, past_lengths[, mask]; num_heads, kv_num_heads, scale,
-    softcap, is_causal)``:
+    ``SlotAttention(query, key, value, past_key, past_value, past_lengths[, mask[, key_scale, value_scale]]; num_heads,
+    kv_num_heads, scale, softcap, is_causal)``:
 
     - query ``[batch, tokens, heads*head_dim]``, key and value ``[batch, tokens, kv_heads*head_dim]``, behind rope;
     - past_key, past_value ``[batch, kv_heads, capacity, head_dim]``; past_lengths int64 ``[batch]``;
     - mask bool ``[batch, 1, tokens, capacity]``, True where a cached token is seen: then is_causal is 0, because
-      TensorRT takes one or the other. Without it is_causal is 1 and all tokens up to the token itself are seen.
+      TensorRT takes one or the other. Without it is_causal is 1 and all tokens up to the token itself are seen;
+    - key_scale, value_scale ``[kv_heads*head_dim]``, with ``int8`` only: then the caches hold ``x / scale``, rounded to
+      even within -128..127, and all keys and values are seen as they are in the cache, new ones too.
 
     Outputs the attention's result ``[batch, tokens, heads*head_dim]``, then the caches with the new tokens written
     at ``past_lengths``. Token t of a row sees that row's cache up to ``past_lengths + t``. Scores s, scaled, become
     ``softcap * tanh(s / softcap)`` unless softcap is 0.
     """
     builder = GraphBuilder()
-    names = ("query", "key", "value", "past_key", "past_value", "past_lengths", "mask")
-    inputs = _values(*names)
-    query, key, value, past_key, past_value, past_lengths, mask = inputs
+    names = ("query", "key", "value", "past_key", "past_value", "past_lengths", "mask", "key_scale", "value_scale")
+    inputs = _values(*names if int8 else names[:-2])
+    query, key, value, past_key, past_value, past_lengths, mask, *scales = inputs
 
     def split_heads(x: ir.Value, count: str) -> ir.Value:
         shape = builder.op("Concat", _ints(builder, 0, 0), _attribute(builder, count, 0), _ints(builder, -1), axis=0)
         split = builder.op("Reshape", x, shape)
         return builder.op("Transpose", split, perm=[0, 2, 1, 3])
 
-    present_key = builder.op(
-        "TensorScatter", past_key, split_heads(key, "kv_num_heads"), past_lengths, axis=2, name="present_key"
-    )
-    present_value = builder.op(
-        "TensorScatter", past_value, split_heads(value, "kv_num_heads"), past_lengths, axis=2, name="present_value"
+    def stored(x: ir.Value, scale: ir.Value | None) -> ir.Value:
+        if scale is not None:
+            x = builder.op("QuantizeLinear", x, scale, axis=-1, output_dtype=ir.DataType.INT8.value)
+        return split_heads(x, "kv_num_heads")
+
+    def seen(cached: ir.Value, scale: ir.Value | None) -> ir.Value:
+        if scale is None:
+            return cached
+        heads = builder.op(
+            "Concat", _ints(builder, 1), _attribute(builder, "kv_num_heads", 0), _ints(builder, 1, -1), axis=0
+        )
+        numbers = builder.op("Cast", cached, to=ir.DataType.FLOAT.value)
+        return builder.op("Mul", numbers, builder.op("Reshape", scale, heads))
+
+    key_scale, value_scale = scales or (None, None)
+    present_key, present_value = (
+        builder.op("TensorScatter", past, stored(x, scale), past_lengths, axis=2, name=name)
+        for past, x, scale, name in (
+            (past_key, key, key_scale, "present_key"),
+            (past_value, value, value_scale, "present_value"),
+        )
     )
     lengths = builder.op("Add", past_lengths, builder.op("Shape", query, start=1, end=2))
     attended = builder.op(
-        "Attention", split_heads(query, "num_heads"), present_key, present_value, mask, None, None, lengths,
+        "Attention", split_heads(query, "num_heads"), seen(present_key, key_scale), seen(present_value, value_scale),
+        mask, None, None, lengths,
         is_causal=ir.RefAttr("is_causal", "is_causal", ir.AttributeType.INT),
         scale=ir.RefAttr("scale", "scale", ir.AttributeType.FLOAT),
         softcap=ir.RefAttr("softcap", "softcap", ir.AttributeType.FLOAT),

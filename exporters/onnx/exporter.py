@@ -20,7 +20,7 @@ from llmopt.optimizer.target import TARGETS, Target
 
 __all__ = ["Onnx"]
 
-_DTYPES = {ir.DataType.FLOAT: "float32", ir.DataType.INT64: "int64"}
+_DTYPES = {ir.DataType.FLOAT: "float32", ir.DataType.INT64: "int64", ir.DataType.INT8: "int8"}
 _MAX_CHUNK = 512
 
 
@@ -100,11 +100,12 @@ class Onnx(Exporter):
             num_layers=len(decoder.layers),
             kv_heads=decoder.kv_heads,
             head_dim=decoder.head_dim,
-            kv_dtype="float32",
+            kv_dtype="float32" if model.cache_scales(0) is None else "int8",
             vocab_size=decoder.vocab_size,
             capacity=capacity,
             max_chunk=min(_MAX_CHUNK, capacity),
             min_chunk=2,
+            features=[] if model.cache_scales(0) is None else ["int8_kv"],
         )
 
 

@@ -8,6 +8,7 @@ from llmopt.exporters.onnx.builder import GraphBuilder
 from llmopt.exporters.onnx.composites import DOMAIN, OPSET
 from llmopt.exporters.onnx.rope import rope_tables
 from llmopt.exporters.onnx.weights import (
+    cache_scales,
     expert_weights,
     input_scale,
     linear_weight,
@@ -78,7 +79,8 @@ class _Graph:
 
     def _cache(self, when: str, i: int) -> tuple[ir.Value, ir.Value]:
         dims = ("batch", self.decoder.kv_heads, "capacity", self.decoder.head_dim)
-        key, value = (_input(f"{when}.{i}.{kind}", ir.DataType.FLOAT, *dims) for kind in ("key", "value"))
+        dtype = ir.DataType.FLOAT if self.model.cache_scales(0) is None else ir.DataType.INT8
+        key, value = (_input(f"{when}.{i}.{kind}", dtype, *dims) for kind in ("key", "value"))
         return key, value
 
     def _embed(self) -> ir.Value:
@@ -137,17 +139,22 @@ class _Graph:
         key = self._norm_heads(attention, attention.key_norm, attention.kv_heads, key)
         query = self._rotated(attention, attention.heads, query, f"{layer.name}.attention.query")
         key = self._rotated(attention, attention.kv_heads, key, f"{layer.name}.attention.key")
-        mask = [] if attention.window is None else [self._mask(attention.window, self.past[i][0])]
-        self.functions.setdefault("SlotAttention", composites.slot_attention())
+        mask: list[ir.Value | None] = (
+            [] if attention.window is None else [self._mask(attention.window, self.past[i][0])]
+        )
+        scales = cache_scales(self.builder, self.model, attention)
+        if scales and not mask:
+            mask = [None]
+        self.functions.setdefault("SlotAttention", composites.slot_attention(int8=bool(scales)))
         attended, *present = self.builder.op_multi(
-            "SlotAttention", query, key, value, *self.past[i], self.lengths, *mask,
+            "SlotAttention", query, key, value, *self.past[i], self.lengths, *mask, *scales,
             names=(f"{layer.name}.attention.output", f"present.{i}.key", f"present.{i}.value"),
             domain=DOMAIN,
             num_heads=attention.heads,
             kv_num_heads=attention.kv_heads,
             scale=attention.scale,
             softcap=attention.softcap or 0.0,
-            is_causal=int(not mask),
+            is_causal=int(attention.window is None),
         )  # fmt: skip
         for value_out, like in zip(present, self._cache("present", i), strict=True):
             value_out.type, value_out.shape = like.type, like.shape

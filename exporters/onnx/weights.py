@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import ml_dtypes
@@ -14,10 +15,19 @@ from llmopt.exporters.onnx.builder import GraphBuilder
 from llmopt.optimizer.decoder import Attention
 from llmopt.optimizer.errors import UnsupportedError
 from llmopt.optimizer.lazy_tensor import StackedTensor, lazy_tensor
-from llmopt.optimizer.model import DenseWeight, QuantWeight, Weight
+from llmopt.optimizer.model import DenseWeight, Model, QuantWeight, Weight
 from llmopt.optimizer.scheme import Scheme
 
-__all__ = ["expert_weights", "input_scale", "linear_weight", "packed_order", "reordered", "table", "vector"]
+__all__ = [
+    "cache_scales",
+    "expert_weights",
+    "input_scale",
+    "linear_weight",
+    "packed_order",
+    "reordered",
+    "table",
+    "vector",
+]
 
 _INTEGERS = {8: ir.DataType.INT8, 4: ir.DataType.INT4, 3: ir.DataType.INT4, 2: ir.DataType.INT4}
 """Opset 24 has no type of 2 or 3 bits; tensors of such numbers say how many they have (``bits_of``)."""
@@ -35,6 +45,27 @@ def input_scale(builder: GraphBuilder, name: str, weight: QuantWeight) -> ir.Val
     scale = weight.load().input_scale
     assert scale is not None
     return builder.constant(scale.numpy().reshape(()), f"{name}.scale")
+
+
+def cache_scales(builder: GraphBuilder, model: Model, attention: Attention) -> list[ir.Value]:
+    """The scales of ``attention``'s cached keys and values, float32 ``[kv_heads * head_dim]``; none in float.
+
+    Args:
+        builder: Of the graph.
+        model: Has the weights.
+        attention: Names them.
+    """
+    columns = attention.kv_heads * attention.head_dim
+
+    def make(weight: Weight) -> np.ndarray:
+        array: np.ndarray = weight.dense().expand(columns).contiguous().numpy()
+        return array
+
+    return [
+        builder.initializer(lazy_tensor(name, ir.DataType.FLOAT, (columns,), partial(make, model.weights[name])))
+        for name in attention.cache_scales
+        if name in model.weights
+    ]
 
 
 def packed_order(attention: Attention) -> np.ndarray:

@@ -66,6 +66,8 @@ class _AttentionRule(pattern.RewriteRuleClassBase):  # type: ignore[misc]
         if (rope := _rope(node)) is not None:
             inputs[:2] = [one.inputs[0] for one in rope]
             tables = list(rope[0].inputs[1:3])
+        if scales := node.inputs[7:]:
+            tables = [*(tables or [None, None]), None, None, None, *scales]  # no positions, no bias, no sink
         return op.GroupQueryAttention(
             *_packed(inputs), *caches, last, longest, *tables, _domain="com.microsoft", _outputs=3, **_attributes(node)
         )
@@ -79,6 +81,8 @@ def _attributes(node: ir.Node) -> dict[str, Any]:
         chosen["softcap"] = softcap
     if (window := _window(node)) is not None:
         chosen["local_window_size"] = attribute(window, "window", -1)
+    if len(node.inputs) > 7:
+        chosen |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
     if _rope(node) is not None:
         chosen |= {"do_rotary": 1, "rotary_interleaved": 0}
     return chosen

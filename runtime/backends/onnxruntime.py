@@ -16,7 +16,7 @@ from llmopt.runtime.backends.base import ExecutionError, FloatArray, IntArray
 
 __all__ = ["OnnxRuntimeBackend", "open_backend"]
 
-_KNOWN_FEATURES: frozenset[str] = frozenset()
+_KNOWN_FEATURES = frozenset({"int8_kv"})
 _IDS, _LENGTHS, _ROWS, _LOGITS = "input_ids", "past_lengths", "logit_rows", "logits"
 
 

@@ -104,8 +104,8 @@ def test_a_context_beyond_the_engine_is_refused(tiny_engine):
 
 
 def test_an_unknown_feature_is_refused(tiny_engine):
-    engine = tiny_engine.engine.model_copy(update={"features": ["int8_kv"]})
-    with pytest.raises(UnsupportedError, match="int8_kv"):
+    engine = tiny_engine.engine.model_copy(update={"features": ["query_lengths"]})
+    with pytest.raises(UnsupportedError, match="query_lengths"):
         open_backend(tiny_engine.directory, engine, slots=1, capacity=8, threads=1)
 
 

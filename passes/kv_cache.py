@@ -1,0 +1,98 @@
+"""An int8 KV cache: a quarter of the memory of a float one, with scales from what the model writes into it."""
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from llmopt.calibration.reference import Reference
+from llmopt.optimizer.contracts import PassContext, WeightPass
+from llmopt.optimizer.errors import PassError
+from llmopt.optimizer.model import DenseWeight, Model, Weight
+from llmopt.optimizer.tokens import Tokens
+
+__all__ = ["KvCache"]
+
+_BATCH_TOKENS = 2048
+_HEAD_MULTIPLE = 8
+"""Columns of a head, of which kernels of quantized caches take a multiple."""
+
+
+class KvCache(WeightPass):
+    """Store keys and values as int8, rounded on scales that a text has shown to be wide enough.
+
+    The scales belong to the keys and values of this very model: put passes that change those, as rotate, rescale and
+    smoothquant do, before this one.
+    """
+
+    needs_calibration: ClassVar[bool] = True
+
+    strategy: Literal["channel", "tensor"] = Field(
+        "channel", description="What shares one scale: a channel of a KV head, or all keys, and all values, of a layer."
+    )
+
+    def requires(self, model: Model) -> None:
+        """See ``WeightPass.requires``."""
+        if model.cache_scales(0) is not None:
+            raise PassError("the cache is already quantized", hint="one kv_cache pass is enough")
+        for layer in model.decoder.layers:
+            if layer.attention.head_dim % _HEAD_MULTIPLE:
+                raise PassError(
+                    f"{layer.name} has heads of {layer.attention.head_dim} columns; kernels of int8 caches take a "
+                    f"multiple of {_HEAD_MULTIPLE}",
+                    hint="leave kv_cache out",
+                )
+
+    def run(self, model: Model, context: PassContext) -> Model:
+        """See ``WeightPass.run``. Records each layer's error: of keys and of values, relative to their norm."""
+        largest = _Largest(model, context)
+        scales: dict[str, Weight] = {}
+        for index, layer in enumerate(model.decoder.layers):
+            for name, maxima in zip(layer.attention.cache_scales, largest.of(index), strict=True):
+                scales[name] = DenseWeight.of(self._scale(maxima))
+        context.detail("largest", {name: round(float(weight.load().max()) * 127, 4) for name, weight in scales.items()})
+        return model.with_weights(context.keep(scales))
+
+    def _scale(self, largest: Tensor) -> Tensor:
+        """Float32 ``[kv_heads * head_dim]`` or ``[1]`` from magnitudes ``[kv_heads, head_dim]``; 1 where all are 0."""
+        shared = largest.max()[None] if self.strategy == "tensor" else largest.flatten()
+        return torch.where(shared > 0, shared / 127, torch.ones_like(shared))
+
+
+class _Largest:
+    """The largest magnitude of each channel of each layer's keys and values, while the model reads a text."""
+
+    def __init__(self, model: Model, context: PassContext) -> None:
+        self._model = model
+        self._found: dict[int, tuple[Tensor, Tensor]] = {}
+        self._mask = torch.ones(0)
+        self._read(context.calibration(), context)
+
+    def of(self, index: int) -> tuple[Tensor, Tensor]:
+        """Of keys and of values, each float32 ``[kv_heads, head_dim]``."""
+        return self._found[index]
+
+    def _read(self, tokens: Tokens, context: PassContext) -> None:
+        reference = Reference(self._model, threads=context.threads, keys_values=self._look)
+        step = max(1, _BATCH_TOKENS // tokens.ids.shape[1])
+        masks = torch.split(tokens.mask, step)
+        pieces = [reference.embed(part) for part in torch.split(tokens.ids, step)]
+        for index in range(self._model.num_layers):
+            for number, self._mask in enumerate(masks):
+                pieces[number] = reference.layer(index, pieces[number])
+            context.progress(index + 1, self._model.num_layers)
+
+    def _look(self, index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Remember the magnitudes of keys and values ``[n, kv_heads, t, head_dim]`` where there is text."""
+        maxima = tuple(self._maxima(index, x) for x in (keys, values))
+        before = self._found.get(index, maxima)
+        self._found[index] = (torch.maximum(before[0], maxima[0]), torch.maximum(before[1], maxima[1]))
+        return keys, values
+
+    def _maxima(self, index: int, x: Tensor) -> Tensor:
+        if not x.isfinite().all():
+            name = self._model.decoder.layers[index].name
+            raise PassError(f"{name}: keys or values are not finite", hint="the checkpoint is damaged")
+        seen = x.transpose(1, 2)[self._mask]  # [tokens, kv_heads, head_dim]
+        return seen.abs().amax(0)
