@@ -377,14 +377,14 @@ def _rotate_inputs(linear: nn.Module, rotation: Tensor) -> None:
     linear.register_forward_pre_hook(rotated)
 
 
-class _PassingCache(DynamicCache):
+class _PassingCache(DynamicCache):  # type: ignore[misc]
     """What transformers takes for an empty cache: it hands keys and values on and remembers nothing."""
 
     def __init__(self, change: KeysValues) -> None:
         super().__init__()
         self._change = change
 
-    def update(  # type: ignore[override]
+    def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
         """See ``DynamicCache.update``."""

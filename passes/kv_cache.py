@@ -51,7 +51,9 @@ class KvCache(WeightPass):
         for index, layer in enumerate(model.decoder.layers):
             for name, maxima in zip(layer.attention.cache_scales, largest.of(index), strict=True):
                 scales[name] = DenseWeight.of(self._scale(maxima))
-        context.detail("largest", {name: round(float(weight.load().max()) * 127, 4) for name, weight in scales.items()})
+        context.detail(
+            "largest", {name: round(float(weight.dense().max()) * 127, 4) for name, weight in scales.items()}
+        )
         return model.with_weights(context.keep(scales))
 
     def _scale(self, largest: Tensor) -> Tensor:

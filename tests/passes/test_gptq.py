@@ -144,3 +144,8 @@ def test_an_already_quantized_module_is_refused(model_of, context) -> None:
     quantized = RoundToNearest(scheme="W8A16").run(model, context[0])
     with pytest.raises(PassError, match="already quantized"):
         Gptq(scheme="W4A16", group_size=16).requires(quantized)
+
+
+def test_static_scales_of_inputs_are_refused(model_of) -> None:
+    with pytest.raises(PassError, match="gptq chooses no static scales"):
+        Gptq(scheme="FP8").requires(model_of())
