@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -53,7 +53,13 @@ class Override(BaseModel):
 
 
 class SchemeQuantPass(QuantPass):
-    """A quantizer whose schemes are chosen by module name."""
+    """A quantizer whose schemes are chosen by module name.
+
+    Attributes:
+        chooses_input_scales: Whether it knows static scales of inputs; those that do not refuse schemes with them.
+    """
+
+    chooses_input_scales: ClassVar[bool] = False
 
     scheme: SchemeOption = Field(description="A preset's name, or weights and input_activations spelled out.")
     group_size: GroupSize | None = Field(
@@ -125,6 +131,12 @@ class SchemeQuantPass(QuantPass):
     def requires(self, model: Model) -> None:
         """See ``WeightPass.requires``."""
         _unmatched(self.overrides, model.linears())
+        for path, scheme in self.schemes().items():
+            if scheme.needs_input_scale and not self.chooses_input_scales:
+                raise PassError(
+                    f"{path} is {scheme.name}, and this pass chooses no static scales of inputs",
+                    hint="use a scheme with dynamic ones, or round_to_nearest",
+                )
         if self.experts is not None and not model.decoder.expert_linears:
             raise PassError("experts is given, but this model has no mixtures of experts", hint="remove it")
         if self.embedding != "none" and model.is_tied:

@@ -67,16 +67,6 @@ class Gptq(SchemeQuantPass):
             raise ValueError("error_propagation goes with inputs: quantized; in the float model there are no errors")
         return self
 
-    def requires(self, model: Model) -> None:
-        """See ``WeightPass.requires``."""
-        super().requires(model)
-        for path, scheme in self.schemes().items():
-            if scheme.needs_input_scale:
-                raise PassError(
-                    f"{path} is {scheme.name}, and gptq chooses no static scales of inputs",
-                    hint="use dynamic ones, or round_to_nearest",
-                )
-
     def run(self, model: Model, context: PassContext) -> Model:
         """See ``WeightPass.run``. Records each linear's error, that of its outputs, and that of plain rounding."""
         assigned = self.assign(model)

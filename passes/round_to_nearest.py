@@ -1,5 +1,7 @@
 """Round-to-nearest weights: the baseline that every cleverer quantizer must beat."""
 
+from typing import ClassVar
+
 from llmopt.calibration.input_maxima import input_maxima
 from llmopt.optimizer.assignment import SchemeQuantPass
 from llmopt.optimizer.contracts import PassContext
@@ -16,6 +18,8 @@ class RoundToNearest(SchemeQuantPass):
     A scheme whose inputs have a static scale needs text all the same: the scale covers the largest magnitude that
     enters the linear while the float model reads it.
     """
+
+    chooses_input_scales: ClassVar[bool] = True
 
     @property
     def needs_calibration(self) -> bool:  # type: ignore[override]  # the class alone does not know

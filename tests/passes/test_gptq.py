@@ -147,5 +147,5 @@ def test_an_already_quantized_module_is_refused(model_of, context) -> None:
 
 
 def test_static_scales_of_inputs_are_refused(model_of) -> None:
-    with pytest.raises(PassError, match="gptq chooses no static scales"):
+    with pytest.raises(PassError, match="chooses no static scales"):
         Gptq(scheme="FP8").requires(model_of())
