@@ -53,8 +53,8 @@ class Reference:
         resident: Whether to load all weights once and keep them, which pays when ``decode`` visits them for each token.
         dtype: What it computes in. Anything but float32 is for text, not for judging.
         keys_values: Called with a layer's index and its keys and values ``[n, kv_heads, t, head_dim]``, behind norms
-            and rope; returns what attention sees instead of them. By default they are rounded to int8 where the model
-            has scales for its cache.
+            and rope, in Falcon each head repeated for its group of queries; returns what attention sees instead of
+            them. By default they are rounded to int8 where the model has scales for its cache.
 
     Raises:
         InputError: The config asks for a weight that the checkpoint does not have, or has in another shape.
@@ -404,8 +404,15 @@ def _int8_cache(model: Model, dtype: torch.dtype) -> KeysValues:
 
 
 def _rounded_heads(x: Tensor, scale: Tensor) -> Tensor:
-    """``x`` ``[n, kv_heads, t, head_dim]`` with a scale for each head's columns, or one for all."""
-    each = scale.expand(x.shape[1] * x.shape[3]).reshape(1, x.shape[1], 1, x.shape[3])
+    """``x`` ``[n, kv_heads, t, head_dim]`` with a scale for each head's columns, or one for all.
+
+    transformers' Falcon repeats each head for the queries of its group before it caches them.
+    """
+    heads, columns = x.shape[1], x.shape[3]
+    each = scale
+    if len(scale) > 1:
+        by_head = scale.reshape(-1, columns)
+        each = by_head.repeat_interleave(heads // len(by_head), 0).reshape(1, heads, 1, columns)
     return (x / each).round().clamp(-128, 127) * each
 
 

@@ -87,7 +87,7 @@ class _Largest:
 
     def _look(self, index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Remember the magnitudes of keys and values ``[n, kv_heads, t, head_dim]`` where there is text."""
-        maxima = tuple(self._maxima(index, x) for x in (keys, values))
+        maxima = self._maxima(index, keys), self._maxima(index, values)
         before = self._found.get(index, maxima)
         self._found[index] = (torch.maximum(before[0], maxima[0]), torch.maximum(before[1], maxima[1]))
         return keys, values
@@ -96,5 +96,5 @@ class _Largest:
         if not x.isfinite().all():
             name = self._model.decoder.layers[index].name
             raise PassError(f"{name}: keys or values are not finite", hint="the checkpoint is damaged")
-        seen = x.transpose(1, 2)[self._mask]  # [tokens, kv_heads, head_dim]
-        return seen.abs().amax(0)
+        seen = x.transpose(1, 2)[self._mask]  # [tokens, kv_heads, head_dim], in Falcon each head several times
+        return seen.reshape(len(seen), self._model.decoder.kv_heads, -1, x.shape[3]).abs().amax((0, 2))
