@@ -19,7 +19,8 @@ class Moments:
     In the first tokens of a text a few channels are hundreds of times larger than anywhere else (attention sinks). With
     equal weights these tokens are all that H knows; weighting by the norm makes every token count.
 
-    With pairs it also holds ``cross``, the sum of w (x' - x) x^T, where x' is the same row in the float model.
+    ``largest`` is the largest magnitude of each column, float32 ``[in]``. With pairs it also holds ``cross``, the sum
+    of w (x' - x) x^T, where x' is the same row in the float model.
 
     Args:
         columns: Width of the input.
@@ -30,6 +31,7 @@ class Moments:
     def __init__(self, columns: int, *, weighting: TokenWeighting = "none", paired: bool = False) -> None:
         self.matrix = torch.zeros(columns, columns, dtype=torch.float64)
         self.cross = torch.zeros(columns, columns, dtype=torch.float64) if paired else None
+        self.largest = torch.zeros(columns)
         self.tokens = 0
         self._power = _POWER[weighting]
 
@@ -41,6 +43,8 @@ class Moments:
             exact: The float model's rows, where this is paired.
         """
         self.tokens += len(rows)
+        if len(rows):
+            self.largest = torch.maximum(self.largest, rows.abs().amax(dim=0))
         # A root mean square instead of a norm keeps H in the range of float32 whatever the width.
         size = rows.square().mean(dim=1, keepdim=True).sqrt_().pow_(self._power)
         size[size == 0] = 1

@@ -56,10 +56,10 @@ class SchemeQuantPass(QuantPass):
     """A quantizer whose schemes are chosen by module name.
 
     Attributes:
-        chooses_input_scales: Whether it knows static scales of inputs; those that do not refuse schemes with them.
+        chooses_input_scales: Of which linears it knows static scales of inputs; it refuses such schemes for others.
     """
 
-    chooses_input_scales: ClassVar[bool] = False
+    chooses_input_scales: ClassVar[Literal["none", "layers", "all"]] = "none"
 
     scheme: SchemeOption = Field(description="A preset's name, or weights and input_activations spelled out.")
     group_size: GroupSize | None = Field(
@@ -131,10 +131,11 @@ class SchemeQuantPass(QuantPass):
     def requires(self, model: Model) -> None:
         """See ``WeightPass.requires``."""
         _unmatched(self.overrides, model.linears())
-        for path, scheme in self.schemes().items():
-            if scheme.needs_input_scale and not self.chooses_input_scales:
+        for module, option in self.deciding(model).items():
+            scheme = self.schemes().get(option)
+            if scheme is not None and scheme.needs_input_scale and not self._knows_inputs(model, module):
                 raise PassError(
-                    f"{path} is {scheme.name}, and this pass chooses no static scales of inputs",
+                    f"{option} is {scheme.name}, and this pass chooses no static scale of what enters {module}",
                     hint="use a scheme with dynamic ones, or round_to_nearest",
                 )
         if self.experts is not None and not model.decoder.expert_linears:
@@ -156,6 +157,11 @@ class SchemeQuantPass(QuantPass):
                     hint="one quantizing pass per module: use overrides to give modules different schemes",
                 )
             _fits(module, weight.shape[1], scheme)
+
+    def _knows_inputs(self, model: Model, module: str) -> bool:
+        if self.chooses_input_scales == "layers":
+            return module != model.arch.head
+        return self.chooses_input_scales == "all"
 
     def _sized(self) -> Scheme:
         return self.scheme if self.group_size is None else self.scheme.with_group_size(self.group_size)

@@ -9,7 +9,7 @@ from llmopt.optimizer.grid import spread, to_grid
 from llmopt.optimizer.model import QuantTensors
 from llmopt.optimizer.scheme import QuantSpec, Scheme
 
-__all__ = ["grid", "grids", "joined", "quantize", "quantize_on", "static_scale"]
+__all__ = ["grid", "grids", "joined", "quantize", "quantize_on", "with_input_scale"]
 
 
 def grid(groups: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
@@ -83,11 +83,19 @@ def quantize_on(weight: Tensor, scale: Tensor, zero: Tensor | None, scheme: Sche
     return QuantTensors(values.reshape(rows, columns), scale, zero)
 
 
-def static_scale(largest: float, scheme: Scheme) -> Tensor:
-    """The scale of inputs up to ``largest`` in magnitude, float32 ``[1]``, for a scheme that stores one."""
+def with_input_scale(tensors: QuantTensors, scheme: Scheme, largest: Tensor) -> QuantTensors:
+    """``tensors`` with the scale of inputs that a static scheme stores; as they are under any other.
+
+    Args:
+        tensors: Of a weight.
+        scheme: What it was rounded to.
+        largest: Magnitudes that inputs reach, float32, any shape: their maximum is covered.
+    """
+    if not scheme.needs_input_scale:
+        return tensors
     assert scheme.input_activations is not None
-    scale, _ = grid(torch.tensor([[[largest]]]), scheme.input_activations)
-    return scale.reshape(1)
+    scale, _ = grid(largest.amax().reshape(1, 1, 1), scheme.input_activations)
+    return tensors._replace(input_scale=scale.reshape(1))
 
 
 def joined(parts: Sequence[QuantTensors], spec: QuantSpec) -> QuantTensors:

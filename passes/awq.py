@@ -15,7 +15,7 @@ from llmopt.calibration.sweep import output_error
 from llmopt.optimizer.assignment import SchemeQuantPass
 from llmopt.optimizer.contracts import PassContext
 from llmopt.optimizer.model import Model, QuantWeight, Weight
-from llmopt.optimizer.rounding import quantize_on
+from llmopt.optimizer.rounding import quantize_on, with_input_scale
 from llmopt.optimizer.scale_pairs import ScalePair, layer_pairs, scaled
 from llmopt.optimizer.scheme import Scheme
 from llmopt.optimizer.weight_rounding import finite, relative_error, round_weight
@@ -31,6 +31,7 @@ class Awq(SchemeQuantPass):
     """
 
     needs_calibration: ClassVar[bool] = True
+    chooses_input_scales = "layers"
 
     token_weighting: TokenWeighting = Field(
         "unit_norm",
@@ -55,7 +56,7 @@ class Awq(SchemeQuantPass):
         layers = _Layers(self, model, assigned)
         plan = Plan(modules=inside, follow=self.rounds, true_sequential=False)
         weights, facts = quantize_layers(model, plan, context, layers.quantize)
-        for module in assigned.keys() - set(inside) if self.rounds else ():
+        for module in (name for name in assigned if name not in inside and self.rounds):
             name = model.weight_of(module)
             rounded, error = round_weight(name, model.weights[name], assigned[module])
             weights |= context.keep({name: rounded})
@@ -76,9 +77,11 @@ class _Layers:
     def quantize(self, stage: Stage) -> tuple[dict[str, Weight], dict[str, LinearFacts]]:
         """See ``quantize_layers``: a stage is a layer."""
         by_reader = observed_moments(stage, weighting=self._options.token_weighting)
-        moments = {
-            module: by_reader[readers[0]].matrix.to(torch.float32) for readers in stage.readers for module in readers
-        }
+        moments: dict[str, Tensor] = {}
+        largest: dict[str, Tensor] = {}
+        for readers in stage.readers:
+            moments |= dict.fromkeys(readers, by_reader[readers[0]].matrix.to(torch.float32))
+            largest |= dict.fromkeys(readers, by_reader[readers[0]].largest)
         weights: dict[str, Weight] = {}
         facts: dict[str, LinearFacts] = {}
         model = self._model
@@ -90,14 +93,13 @@ class _Layers:
                 weights |= scaled(model, pair, scale)
                 model = model.with_weights(weights)
                 columns = pair.columns(scale)
-                moments |= {
-                    module: moments[module] / columns / columns[:, None]
-                    for module in moments.keys() & set(pair.consumers)
-                }
+                for module in moments.keys() & set(pair.consumers):
+                    moments[module] = moments[module] / columns / columns[:, None]
+                    largest[module] = largest[module] / columns
         for module, matrix in moments.items():
             if self._options.rounds:
                 name = model.weight_of(module)
-                weights[name], rounding = self._round(model, module, matrix)
+                weights[name], rounding = self._round(model, module, matrix, largest[module])
                 facts[module] = facts.get(module, {}) | rounding
         return weights, facts
 
@@ -116,7 +118,7 @@ class _Layers:
         gained = {"scaling": found.loss / found.before if found.before > 0 else 1.0}
         return (found.scale if found.loss < found.before else None), gained
 
-    def _round(self, model: Model, module: str, matrix: Tensor) -> tuple[QuantWeight, LinearFacts]:
+    def _round(self, model: Model, module: str, matrix: Tensor, largest: Tensor) -> tuple[QuantWeight, LinearFacts]:
         """A linear's rounded weight and what is recorded about it."""
         scheme, weight = self._assigned[module], _dense(model, module)
         grids = chosen_grid(weight, scheme.weights, self._options.clipping, matrix.diagonal())
@@ -126,7 +128,7 @@ class _Layers:
             "errors": relative_error(tensors.dense(), weight),
             "output_errors": output_error(difference, weight, matrix),
         }
-        return QuantWeight.of(tensors, scheme), facts
+        return QuantWeight.of(with_input_scale(tensors, scheme, largest), scheme), facts
 
 
 def _dense(model: Model, module: str) -> Tensor:

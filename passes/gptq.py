@@ -15,8 +15,8 @@ from llmopt.optimizer.assignment import SchemeQuantPass
 from llmopt.optimizer.contracts import PassContext
 from llmopt.optimizer.errors import PassError
 from llmopt.optimizer.model import Model, QuantTensors, QuantWeight, Weight
-from llmopt.optimizer.rounding import quantize
-from llmopt.optimizer.scheme import QuantSpec, Scheme
+from llmopt.optimizer.rounding import quantize, with_input_scale
+from llmopt.optimizer.scheme import Scheme
 from llmopt.optimizer.weight_rounding import finite, relative_error, round_weight
 
 __all__ = ["Gptq"]
@@ -30,6 +30,7 @@ class Gptq(SchemeQuantPass):
     """
 
     needs_calibration: ClassVar[bool] = True
+    chooses_input_scales = "layers"
 
     token_weighting: TokenWeighting = Field(
         "unit_norm",
@@ -79,7 +80,7 @@ class Gptq(SchemeQuantPass):
         )
         linears = _Linears(self, model, assigned, context)
         weights, facts = quantize_layers(model, plan, context, linears.quantize)
-        for module in assigned.keys() - set(inside):
+        for module in (name for name in assigned if name not in inside):
             name = model.weight_of(module)
             rounded, error = round_weight(name, model.weights[name], assigned[module])
             weights |= context.keep({name: rounded})
@@ -115,14 +116,15 @@ class _Linears:
         if not moments.matrix.any():
             self._context.fallback(f"no calibration token activates {module}: it is rounded to nearest")
             rounded, error = round_weight(name, self._model.weights[name], scheme)
-            return rounded, {"errors": error}
+            tensors = with_input_scale(rounded.load(), scheme, moments.largest)
+            return QuantWeight.of(tensors, scheme), {"errors": error}
         weight = finite(name, self._model.weights[name].dense())
         try:
             goal = weight
             if moments.cross is not None:
                 share = options.error_propagation
                 goal = corrected(weight, moments.matrix, moments.cross, damping=options.damping, share=share)
-            tensors, damping = self._round(goal, moments, scheme.weights)
+            tensors, damping = self._round(goal, moments, scheme)
         except SingularHessianError as error:
             raise PassError(
                 f"the Hessian of {module} is singular even when its diagonal is doubled",
@@ -137,10 +139,11 @@ class _Linears:
         }
         return QuantWeight.of(tensors, scheme), facts
 
-    def _round(self, goal: Tensor, moments: Moments, spec: QuantSpec) -> tuple[QuantTensors, float]:
+    def _round(self, goal: Tensor, moments: Moments, scheme: Scheme) -> tuple[QuantTensors, float]:
         """The rounded weight and the damping it took."""
-        options, importance = self._options, moments.importance
+        options, importance, spec = self._options, moments.importance, scheme.weights
         scale, zero = chosen_grid(goal, spec, options.clipping, importance)
         order = importance.argsort(descending=True, stable=True) if options.act_order else torch.arange(len(importance))
         factor, damping = inverse_factor(moments.matrix[order][:, order], options.damping)
-        return sweep(goal, factor, scale, zero, spec, order=order), damping
+        tensors = sweep(goal, factor, scale, zero, spec, order=order)
+        return with_input_scale(tensors, scheme, moments.largest), damping

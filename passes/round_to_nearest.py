@@ -1,12 +1,12 @@
 """Round-to-nearest weights: the baseline that every cleverer quantizer must beat."""
 
-from typing import ClassVar
+import torch
 
 from llmopt.calibration.input_maxima import input_maxima
 from llmopt.optimizer.assignment import SchemeQuantPass
 from llmopt.optimizer.contracts import PassContext
 from llmopt.optimizer.model import Model, QuantWeight, Weight
-from llmopt.optimizer.rounding import static_scale
+from llmopt.optimizer.rounding import with_input_scale
 from llmopt.optimizer.weight_rounding import round_weight
 
 __all__ = ["RoundToNearest"]
@@ -19,7 +19,7 @@ class RoundToNearest(SchemeQuantPass):
     enters the linear while the float model reads it.
     """
 
-    chooses_input_scales: ClassVar[bool] = True
+    chooses_input_scales = "all"
 
     @property
     def needs_calibration(self) -> bool:  # type: ignore[override]  # the class alone does not know
@@ -37,7 +37,7 @@ class RoundToNearest(SchemeQuantPass):
             name = model.weight_of(module)
             rounded, errors[module] = round_weight(name, model.weights[name], scheme)
             if module in maxima:
-                tensors = rounded.load()._replace(input_scale=static_scale(maxima[module], scheme))
+                tensors = with_input_scale(rounded.load(), scheme, torch.tensor(maxima[module]))
                 rounded = QuantWeight.of(tensors, scheme)
             changed |= context.keep({name: rounded})
             context.progress(done, len(assigned))

@@ -6,12 +6,14 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from llmopt.calibration.input_maxima import input_maxima
 from llmopt.calibration.reference import Reference
 from llmopt.optimizer.contracts import PassContext
 from llmopt.optimizer.errors import PassError
 from llmopt.optimizer.model import DenseWeight, QuantWeight
 from llmopt.optimizer.sources import load_model
 from llmopt.optimizer.tokens import Tokens
+from llmopt.passes.awq import Awq
 from llmopt.passes.gptq import Gptq
 from llmopt.passes.round_to_nearest import RoundToNearest
 
@@ -146,6 +148,19 @@ def test_an_already_quantized_module_is_refused(model_of, context) -> None:
         Gptq(scheme="W4A16", group_size=16).requires(quantized)
 
 
-def test_static_scales_of_inputs_are_refused(model_of) -> None:
-    with pytest.raises(PassError, match="chooses no static scales"):
-        Gptq(scheme="FP8").requires(model_of())
+@pytest.mark.parametrize("name", ["gptq", "awq"])
+def test_static_scales_of_inputs_cover_what_entered(name, model_of, context) -> None:
+    model = model_of("llama")
+    options = {"scheme": "FP8", "head": "none"} | ({"error_propagation": 0.0} if name == "gptq" else {"scaling": False})
+    quantized = {"gptq": Gptq, "awq": Awq}[name](**options).run(model, context[0])
+    # The first layer sees what the float model's first layer does.
+    maxima = input_maxima(model, context[0].calibration(), model.decoder.layers[0].attention.inputs)
+    for module, largest in maxima.items():
+        scale = quantized.weights[f"{module}.weight"].load().input_scale
+        assert float(scale) == pytest.approx(largest / 448, rel=1e-5)
+    assert distance(model, quantized) < 1
+
+
+def test_a_static_scale_of_what_enters_the_head_is_refused(model_of) -> None:
+    with pytest.raises(PassError, match=r"head is FP8, and this pass chooses no static scale of what enters lm_head"):
+        Gptq(scheme="W8A8", head="FP8").requires(model_of("llama"))
