@@ -19,6 +19,7 @@ from llmopt.optimizer.rounding import quantize_on, with_input_scale
 from llmopt.optimizer.scale_pairs import ScalePair, layer_pairs, scaled
 from llmopt.optimizer.scheme import Scheme
 from llmopt.optimizer.weight_rounding import finite, relative_error, round_weight
+from llmopt.passes._preparing import refuse_quantized_cache
 
 __all__ = ["Awq"]
 
@@ -48,6 +49,12 @@ class Awq(SchemeQuantPass):
         True,
         description="Whether weights are rounded; false leaves scaled weights in float, for another quantizer behind.",
     )
+
+    def requires(self, model: Model) -> None:
+        """See ``WeightPass.requires``."""
+        super().requires(model)
+        if self.scaling:
+            refuse_quantized_cache(model, "awq")
 
     def run(self, model: Model, context: PassContext) -> Model:
         """See ``WeightPass.run``. Records each linear's error, that of its outputs, and what the scales gained."""

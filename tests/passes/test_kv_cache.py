@@ -9,6 +9,7 @@ import torch
 
 from llmopt.calibration.reference import Reference
 from llmopt.exporters.onnx.exporter import Onnx
+from llmopt.optimizer import loader
 from llmopt.optimizer.contracts import PassContext
 from llmopt.optimizer.errors import PassError, UnsupportedError
 from llmopt.optimizer.model import DenseWeight, Model
@@ -145,3 +146,11 @@ def test_keys_that_are_not_finite_are_named(model: Model) -> None:
     broken = model.with_weights({name: DenseWeight.of(torch.full(model.weights[name].shape, torch.inf))})
     with pytest.raises(PassError, match=r"model.layers.1: keys or values are not finite"):
         quantized(broken)
+
+
+@pytest.mark.parametrize("name", ["rescale", "rotate", "smoothquant", "awq"])
+def test_passes_that_change_values_are_refused_behind_it(model, name: str) -> None:
+    one = loader.load("passes", name)(**({"scheme": "W8A16"} if name == "awq" else {}))
+    with pytest.raises(PassError, match="the cache is already quantized") as caught:
+        one.requires(quantized(model))
+    assert caught.value.hint == f"put {name} before kv_cache"
