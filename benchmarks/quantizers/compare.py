@@ -1,0 +1,148 @@
+"""One row after the other: quantized in a process of its own, read back, judged; a failure is a result too."""
+
+import json
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmopt.benchmarks.child import ChildError, Finished, run
+from llmopt.benchmarks.quantizers.judge import (
+    Figures,
+    Judge,
+    Size,
+    size_of,
+    with_our_weights,
+    with_rounded_tables,
+    with_their_weights,
+)
+from llmopt.benchmarks.quantizers.packed import Stored, read_checkpoint, read_tensors
+from llmopt.benchmarks.quantizers.peers import PEERS, make_environment, run_peer
+from llmopt.benchmarks.quantizers.rows import OURS, Row
+from llmopt.benchmarks.quantizers.subject import Subject
+from llmopt.optimizer.errors import InputError, LlmoptError
+
+__all__ = ["Bench", "Result"]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What became of a row.
+
+    Attributes:
+        row: The row.
+        program: As printed.
+        finished: Time and memory of its process; None where none ran, or it failed.
+        figures: None where it failed.
+        size: None where it failed.
+        error: The last line of what it said; None where it ran.
+    """
+
+    row: Row
+    program: str
+    finished: Finished | None = None
+    figures: Figures | None = None
+    size: Size | None = None
+    error: str | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON has it."""
+        row, size = self.row, self.size
+        found: dict[str, Any] = {"row": row.name, "program": self.program, "method": row.method, "scheme": row.scheme}
+        found |= {"passes": list(row.passes)} if row.program == OURS else {"options": dict(row.options)}
+        found["error"] = self.error
+        found["figures"] = None if self.figures is None else self.figures.plain()
+        found["size"] = None if size is None else {"bytes": size.bytes, "bits_per_weight": size.bits_per_weight}
+        if self.finished is not None:
+            found |= {"seconds": self.finished.seconds, "peak_bytes": self.finished.peak_bytes}
+        return found
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What the rows share.
+
+    Attributes:
+        subject: The model and the text.
+        judge: Of all rows.
+        windows: The calibration text, a NumPy file.
+        folder: Where everything is written.
+        threads: Of every process.
+    """
+
+    subject: Subject
+    judge: Judge
+    windows: Path
+    folder: Path
+    threads: int
+
+    def result(self, row: Row) -> Result:
+        """Run and judge a row."""
+        program = "llmopt" if row.program == OURS else PEERS[row.program].title
+        output = self.folder / "quantized" / row.name
+        shutil.rmtree(output, ignore_errors=True)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            if row.program == OURS:
+                finished = self._run_passes(row, output)
+                model, stored = with_our_weights(self.subject.model, output) if row.passes else self.subject.model, None
+            else:
+                finished = self._run_peer(row, output)
+                stored = _read(row, output)
+                model = with_their_weights(self.subject.model, stored)
+            size = size_of(model, stored)
+            figures = self.judge.figures(with_rounded_tables(model) if row.rounds_head else model)
+        except LlmoptError as error:
+            return Result(row, program, error=_last_line(error))
+        finally:
+            shutil.rmtree(output, ignore_errors=True)
+        return Result(row, program, finished, figures, size)
+
+    def _run_passes(self, row: Row, output: Path) -> Finished | None:
+        if not row.passes:
+            return None
+        command = [sys.executable, "-m", "llmopt.benchmarks.quantizers.run_passes", json.dumps(row.passes)]
+        command += ["--checkpoint", str(self.subject.checkpoint), "--windows", str(self.windows)]
+        command += ["--output", str(output), "--threads", str(self.threads)]
+        return run(command, log=output.with_name(f"{row.name}.log"), environment=_threads(self.threads))
+
+    def _run_peer(self, row: Row, output: Path) -> Finished:
+        python = make_environment(row.program, self.folder / "peers")
+        return run_peer(
+            python,
+            row.program,
+            row.options,
+            checkpoint=self.subject.checkpoint,
+            windows=self.windows,
+            output=output,
+            threads=self.threads,
+        )
+
+
+def _read(row: Row, output: Path) -> Stored:
+    """What another program wrote; every linear that it was to pack must be among it.
+
+    Raises:
+        InputError: It cannot be read, or nothing is packed.
+    """
+    if row.program == "nncf":
+        bits: Mapping[str, int] = json.loads((output / "bits.json").read_text("utf-8"))
+        stored = Stored(read_tensors(output), bits)
+    else:
+        stored = read_checkpoint(output)
+    if not stored.bits:
+        raise InputError(f"{row.name}: the program packed no weight at all")
+    return stored
+
+
+def _threads(count: int) -> dict[str, str]:
+    return {"OMP_NUM_THREADS": str(count)}
+
+
+def _last_line(error: LlmoptError) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not isinstance(error, ChildError):
+        return lines[0]
+    return next((line for line in reversed(lines) if not line.startswith("hint:")), "no word")
