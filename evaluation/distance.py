@@ -3,10 +3,11 @@
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-__all__ = ["Distance", "kl_divergence", "negative_log_likelihood"]
+from llmopt.calibration.divergence import kl_divergence
+
+__all__ = ["Distance", "negative_log_likelihood"]
 
 _ROWS = 16
 """Positions at a time: a step needs several copies of their logits, 8 MB each for a vocabulary of 128,000."""
@@ -70,18 +71,6 @@ class Distance:
     def perplexities(self) -> tuple[float, float]:
         """Of the engine and of the source: the exponential of the mean negative log likelihood."""
         return math.exp(self.engine_nll / self.targets), math.exp(self.source_nll / self.targets)
-
-
-def kl_divergence(source: Tensor, engine: Tensor) -> Tensor:
-    """KL(source || engine) of each row in nats, float64 ``[rows]``, for logits float32 ``[rows, vocab]``.
-
-    As ``sum p (a - b) - (lse(a) - lse(b))``: equal logits give exactly 0, and small differences are not lost in the
-    rounding of two large log probabilities.
-    """
-    source = source - source.amax(-1, keepdim=True)
-    engine = engine - engine.amax(-1, keepdim=True)
-    shift = source.logsumexp(-1).double() - engine.logsumexp(-1).double()
-    return (source.softmax(-1) * (source - engine)).sum(-1, dtype=torch.float64) - shift
 
 
 def negative_log_likelihood(logits: Tensor, ids: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmopt.calibration.divergence import kl_divergence
 from llmopt.calibration.reference import Reference
-from llmopt.evaluation.distance import kl_divergence
 from llmopt.optimizer.model import Model
 
 __all__ = ["Agreement", "Yardstick", "model_logits"]

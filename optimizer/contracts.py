@@ -54,6 +54,8 @@ class PassContext:
         calibration: Makes the calibration text, for passes that say ``needs_calibration``.
         work: A directory for finished parts, such as layers: what a killed pass left in it is there when the same pass
             runs on the same input again, and it is removed when the pass is done. None: nothing is kept.
+        shared: The directory for what several passes can use, such as those with another budget on the same input and
+            text, by what else it depends on; it outlives the build. Calls may run at the same time: write whole files.
         note: Records a fact in the manifest.
         fallback: Records that something less than asked for was done; raises under ``strict: true``.
         detail: Records one named value of the pass record, such as a count or a per-layer error.
@@ -68,6 +70,7 @@ class PassContext:
     threads: int | None = None
     calibration: "Callable[[], Tokens]" = _no_calibration
     work: Path | None = None
+    shared: Callable[..., Path | None] = field(default=lambda *what: None)
     note: Callable[[str], None] = field(default=lambda text: None)
     fallback: Callable[[str], None] = field(default=lambda text: None)
     detail: Callable[[str, Any], None] = field(default=lambda name, value: None)

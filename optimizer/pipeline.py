@@ -6,7 +6,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -92,18 +92,31 @@ def each_pass(
     for step in recipe.passes:
         step.instance.requires(model)
         text = [_text_digest(step, calibration)] if step.instance.needs_calibration else []
+        entering = [digest, *text, *_surroundings()]
         digest = digest_of([digest, *_identity(step), *text, recipe.seed, recipe.verify, *_surroundings()])
         directory = cache / "passes" / digest
         with progress.step(step.name) as tick, locked(directory):
             if not _is_finished(directory):
                 with _work(directory) as work, publish(directory) as partial:
-                    _run(step, model, partial, recipe, _context(step, work, tick, calibration), verifier)
+                    context = replace(_context(step, work, tick, calibration), shared=_Shared(cache, entering))
+                    _run(step, model, partial, recipe, context, verifier)
             shutil.rmtree(_work_of(directory), ignore_errors=True)
             model, record = model.with_weights(read_weights(directory)), _read_record(directory)
         if recipe.strict and record.fallbacks:
             raise refused_fallback(record.name, record.fallbacks[0])
         _tell(record, progress)
         yield model, record
+
+
+@dataclass(frozen=True, slots=True)
+class _Shared:
+    """Where passes on one input and text keep what does not depend on their options; see ``PassContext.shared``."""
+
+    cache: Path
+    entering: Sequence[object]
+
+    def __call__(self, *what: object) -> Path:
+        return self.cache / "shared" / digest_of([*self.entering, *what])
 
 
 def _text_digest(step: NamedPass, calibration: CalibrationText | None) -> str:

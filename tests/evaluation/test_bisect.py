@@ -10,10 +10,10 @@ import onnx_ir as ir
 import pytest
 import torch
 
+from llmopt.calibration.divergence import kl_divergence
 from llmopt.calibration.reference import Reference
 from llmopt.evaluation import bisect as module
 from llmopt.evaluation.bisect import Bisection, Stage, Step, Text, bisect
-from llmopt.evaluation.distance import kl_divergence
 from llmopt.exporters.onnx.lowering import stages
 from llmopt.optimizer.contracts import PassContext
 from llmopt.optimizer.errors import InputError, PassError, UnsupportedError

@@ -18,9 +18,18 @@ WEIGHT = list(loader.names("passes"))
 QUANTIZERS = [name for name in WEIGHT if issubclass(loader.load("passes", name), QuantPass)]
 
 
+REQUIRED = {
+    "auto_bits": {
+        "budget": {"bits": 6.5},
+        "candidates": ["W8A16", {"scheme": "W4A16", "group_size": 32}],
+        "method": "round_to_nearest",
+    }
+}
+
+
 def options_for(name):
     """Options that every quantizer can be made with; other passes have none that are required."""
-    return {"scheme": "W8A16"} if name in QUANTIZERS else {}
+    return REQUIRED.get(name, {"scheme": "W8A16"}) if name in QUANTIZERS else {}
 
 
 def context():

@@ -1,0 +1,159 @@
+"""Chooses each module's scheme by what it costs in accuracy, within a budget, and has another pass quantize."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field, PositiveInt, field_validator
+
+from llmopt.calibration.sensitivity import Part, sensitivities, shortened
+from llmopt.optimizer.assignment import Kept, Override, SchemeQuantPass
+from llmopt.optimizer.contracts import PassContext, QuantPass
+from llmopt.optimizer.errors import PassError
+from llmopt.optimizer.model import Model
+from llmopt.optimizer.scheme import Scheme, SchemeOption
+from llmopt.passes._budget import Budget, Costs
+from llmopt.passes._candidates import Candidate, Method
+from llmopt.passes._scheme_search import SchemeSearch, by_part, parts_of
+
+__all__ = ["AutoBits"]
+
+
+def _from_name(value: object) -> object:
+    return {"scheme": value} if isinstance(value, str) else value
+
+
+def _with_options(value: object) -> object:
+    return {value: {}} if isinstance(value, str) else value
+
+
+class AutoBits(QuantPass):
+    """Give each module one of several schemes, so that the sum of what they cost in accuracy is least.
+
+    What a scheme costs is measured: the KL divergence of the predictions on calibration text while only that module is
+    rounded to nearest in it. The sum of these predicts what all of them lose together, the quantizer's gains aside.
+    """
+
+    needs_calibration: ClassVar[bool] = True
+
+    budget: Budget = Field(description="What may be spent: bits, bytes or milliseconds.")
+    candidates: tuple[
+        Annotated[Candidate, BeforeValidator(_from_name, json_schema_input_type=str | Candidate)], ...
+    ] = Field(min_length=2, description="The schemes to choose from, by name or with a group_size.")
+    method: Annotated[Method, BeforeValidator(_with_options, json_schema_input_type=str | Method)] = Field(
+        description="The quantizing pass and its options, as in gptq: {damping: 0.05}."
+    )
+    group: Literal["stage", "linear"] = Field(
+        "stage",
+        description="What gets one scheme: stage, linears that read the same input, which an engine then packs into "
+        "one; or each linear by itself. Experts of a layer always share theirs.",
+    )
+    tokens: PositiveInt = Field(
+        1024, description="Tokens of the calibration text that sensitivities are measured on, in windows of 256."
+    )
+    head: SchemeOption | Kept | None = Field(
+        None,
+        description="The output head's scheme, outside a budget of bits or milliseconds; none keeps it in float. "
+        "Omitted: as the method chooses for the first candidate.",
+    )
+    overrides: tuple[Override, ...] = Field(
+        (), description="Schemes of some modules, which are then not searched; the first match wins."
+    )
+
+    @field_validator("candidates")
+    @classmethod
+    def _candidates_differ(cls, value: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
+        names = [each.sized.name for each in value]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"{twice} is given twice")
+        return value
+
+    def schemes(self) -> dict[str, Scheme]:
+        """See ``QuantPass.schemes``."""
+        found = {f"candidates.{i}": each.sized for i, each in enumerate(self.candidates)}
+        fixed = self._quantizer(self.candidates[0].sized).schemes()
+        return found | {path: scheme for path, scheme in fixed.items() if path not in ("scheme", "experts")}
+
+    def deciding(self, model: Model) -> dict[str, str]:
+        """See ``QuantPass.deciding``. Of several candidates, the first that fits stands for all."""
+        fixed = self._quantizer(self.candidates[0].sized).deciding(model)
+        experts = model.decoder.expert_linears
+        weight_only = next((i for i, each in enumerate(self.candidates) if each.scheme.input_activations is None), 0)
+        searched = {module: f"candidates.{weight_only if module in experts else 0}" for module in fixed}
+        return {
+            module: option if option == "head" or option.startswith("overrides.") else searched[module]
+            for module, option in fixed.items()
+        }
+
+    def requires(self, model: Model) -> None:
+        """See ``WeightPass.requires``. A budget that no choice fits is refused here, but for one of time."""
+        for each in self.candidates:
+            self._quantizer(each.sized).requires(model)
+        parts = self._parts(model)
+        if not parts:
+            raise PassError("overrides decide about every linear", hint="leave some of them to auto_bits")
+        if empty := next((part for part in parts if not part.schemes), None):
+            raise PassError(
+                f"{empty.modules[0]} is an expert, and every candidate quantizes activations",
+                hint="add a candidate that does not, such as W8A16",
+            )
+        if self.budget.kind != "milliseconds":
+            self._search(model, parts).check()
+
+    def run(self, model: Model, context: PassContext) -> Model:
+        """See ``WeightPass.run``. Records sensitivities, the table of budgets and what the method records."""
+        parts = self._parts(model)
+        search = self._search(model, parts, threads=context.threads)
+        if self.budget.kind == "milliseconds":
+            search.check()
+            context.detail("milliseconds", search.costs.times)
+            context.note("chosen by times measured on this machine: another one may choose otherwise")
+        text = shortened(context.calibration(), self.tokens)
+        losses = sensitivities(
+            model,
+            parts,
+            text,
+            threads=context.threads,
+            directory=context.shared("sensitivities", text[0].tolist(), text[1].tolist()),
+            progress=lambda done, total: context.progress(done * 100 // total, 200),
+        )
+        chosen = search.choose(losses)
+        context.detail("sensitivities", by_part(parts, losses))
+        context.detail("predicted_kl", search.loss(chosen, losses))
+        context.detail("pareto", search.table(losses, chosen))
+        for line in search.lines(losses, chosen):
+            context.note(line)
+        return self._quantized(model, context, dict(zip(parts, chosen, strict=True)))
+
+    def _quantized(self, model: Model, context: PassContext, chosen: Mapping[Part, Scheme]) -> Model:
+        """What the method makes of the choice."""
+        found = tuple(
+            Override(match=module, scheme=scheme) for part, scheme in chosen.items() for module in part.modules
+        )
+        quantizer = self._quantizer(self.candidates[0].sized, *found)
+        work = None if context.work is None else context.work / "method"
+        return quantizer.run(
+            model,
+            replace(context, work=work, progress=lambda done, total: context.progress(100 + done * 100 // total, 200)),
+        )
+
+    def _quantizer(self, scheme: Scheme, *found: Override) -> SchemeQuantPass:
+        """The method with one scheme for everything that the overrides, and then ``found``, do not decide about."""
+        head = self.head
+        if head is None:
+            head = self.method.made(scheme=self.candidates[0].sized).schemes().get("head", "none")
+        return self.method.made(scheme=scheme, head=head, overrides=(*self.overrides, *found))
+
+    def _parts(self, model: Model) -> list[Part]:
+        """What is searched, in data order."""
+        schemes = tuple(each.sized for each in self.candidates)
+        fixed = {name for name in model.linears() if any(each.matches(name) for each in self.overrides)}
+        return parts_of(model, schemes, fixed, by_linear=self.group == "linear")
+
+    def _search(self, model: Model, parts: list[Part], *, threads: int | None = None) -> SchemeSearch:
+        quantizer = self._quantizer(self.candidates[0].sized)
+        assigned = quantizer.assign(model)
+        costs = Costs(self.budget, model, assigned.get(model.arch.head), threads=threads)
+        searched = {module for part in parts for module in part.modules}
+        fixed = {module: assigned.get(module) for module in model.linears()[:-1] if module not in searched}
+        return SchemeSearch(self.budget, costs, parts, fixed)
