@@ -29,19 +29,23 @@ def checkpoint_bits(shape: tuple[int, int], scheme: Scheme | None) -> int:
 def engine_bytes(shape: tuple[int, int], scheme: Scheme | None) -> int:
     """Bytes of the same weight in an engine, whose floats are float32.
 
-    Weight-only kernels take blocks of at most 32 columns in 4 bits and 64 in 8: scales of larger groups are repeated.
+    Weight-only kernels take blocks of at most 32 columns in 4 bits and 64 in 8 or 2: scales of larger groups are
+    repeated. Three bits are stored as four.
     """
     rows, columns = shape
     if scheme is None:
         return rows * columns * _FLOAT_BYTES
     spec = scheme.weights
-    if scheme.input_activations is not None or spec.num_bits not in (4, 8) or spec.type != "int":
+    if scheme.input_activations is not None or spec.type != "int":
         scales = math.prod(spec.scale_shape(rows, columns))
         return rows * columns * spec.num_bits // 8 + scales * _FLOAT_BYTES
-    block = block_size(spec.group_size or columns, spec.num_bits) or 16
+    group, bits = spec.group_size or columns, 8 if spec.num_bits == 8 else 4
+    if spec.num_bits == 2 and block_size(group, 2) is not None:
+        bits = 2
+    block = block_size(group, bits) or 16
     blocks = -(-columns // block)
-    zeros = 0 if spec.symmetric else rows * -(-blocks * spec.num_bits // 8)
-    return rows * blocks * (block * spec.num_bits // 8 + _FLOAT_BYTES) + zeros
+    zeros = 0 if spec.symmetric else rows * -(-blocks * bits // 8)
+    return rows * blocks * (block * bits // 8 + _FLOAT_BYTES) + zeros
 
 
 def other_engine_bytes(model: Model, head: Scheme | None) -> int:

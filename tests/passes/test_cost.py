@@ -31,7 +31,16 @@ def test_bits_of_a_checkpoint_count_scales_and_zero_points(scheme, bits) -> None
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(
     ("scheme", "group"),
-    [("W4A16", 64), ("W4A16", 32), ("W4A16", 16), ("W4A16_ASYM", 32), ("W8A16", -1), ("W8A8", None)],
+    [
+        ("W4A16", 64),
+        ("W4A16", 32),
+        ("W4A16", 16),
+        ("W4A16_ASYM", 32),
+        ("W3A16", 32),
+        ("W2A16", 32),
+        ("W8A16", -1),
+        ("W8A8", None),
+    ],
 )
 def test_bytes_are_those_of_the_lowered_graph(float_model_of, scheme, group, tied) -> None:
     model = float_model_of(tie_word_embeddings=tied, num_hidden_layers=2)
