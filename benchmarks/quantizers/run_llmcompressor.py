@@ -28,6 +28,8 @@ def main() -> None:
     torch.set_num_threads(settings["threads"])
     windows = torch.from_numpy(np.load(settings["windows"]))
     model = AutoModelForCausalLM.from_pretrained(settings["checkpoint"], dtype=torch.float32)
+    if not torch.accelerator.is_available():  # its AWQ pins memory for a device that it never asked for
+        torch.Tensor.pin_memory = torch.Tensor.contiguous  # type: ignore[method-assign, assignment]
     texts: Any = [{"input_ids": window, "attention_mask": torch.ones_like(window)} for window in windows]
     oneshot(
         model=model,
