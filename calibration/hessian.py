@@ -5,8 +5,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from llmopt.calibration.reference import fast_dtype
-
 __all__ = ["Moments", "TokenWeighting"]
 
 TokenWeighting = Literal["none", "inverse_norm", "unit_norm"]
@@ -42,8 +40,7 @@ class Moments:
 
         Args:
             rows: float32 ``[tokens, in]``, multiplied in float32 and summed in float64.
-            exact: The float model's rows, where this is paired. Their products are taken in bfloat16 where that is
-                faster: they only steer a correction.
+            exact: The float model's rows, where this is paired.
         """
         self.tokens += len(rows)
         if len(rows):
@@ -55,8 +52,7 @@ class Moments:
         self.matrix += weighted.T @ weighted
         if self.cross is not None:
             assert exact is not None
-            dtype = fast_dtype()
-            self.cross += ((exact - rows) / size).to(dtype).T @ weighted.to(dtype)
+            self.cross += ((exact - rows) / size).T @ weighted
 
     @property
     def importance(self) -> Tensor:

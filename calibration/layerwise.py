@@ -82,7 +82,8 @@ class Layerwise:
                 raise _AllSeen
 
         with observing(self.reference, waiting.copy(), show, mask=mask), suppress(_AllSeen):
-            left = self.reference.layer(self.index, self._hidden[batch])
+            # Where no norm stands before a linear, an observer is shown this very memory, and may keep it.
+            left = self.reference.layer(self.index, self._hidden[batch].clone() if leaves else self._hidden[batch])
             if leaves:
                 self._hidden[batch] = left
                 self._through.add(number)

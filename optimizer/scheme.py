@@ -15,6 +15,10 @@ __all__ = ["PRESETS", "QuantSpec", "Scheme", "SchemeOption", "preset"]
 _E4M3_MAX = 448
 
 
+def _as_tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
 class QuantSpec(BaseModel):
     """How one tensor is quantized: ``real = (q - zero) * scale``, ``q`` of ``num_bits`` bits, signed."""
 
@@ -28,7 +32,8 @@ class QuantSpec(BaseModel):
         "rows and columns, a token."
     )
     group_size: PositiveInt | None = Field(None, description="Input columns per scale, for strategy: group.")
-    block_structure: tuple[PositiveInt, PositiveInt] | None = Field(
+    # Behind SchemeOption's validator a list is no longer JSON's, of which a strict check would make a tuple by itself.
+    block_structure: Annotated[tuple[PositiveInt, PositiveInt], BeforeValidator(_as_tuple)] | None = Field(
         None, description="Rows and input columns per scale, for strategy: block."
     )
     dynamic: bool = Field(False, description="Whether the scale is computed while the engine runs.")

@@ -9,6 +9,7 @@ from llmopt.calibration import layerwise
 from llmopt.calibration.layerwise import Layerwise, observe_both
 from llmopt.calibration.reference import Reference
 from llmopt.optimizer.model import DenseWeight
+from llmopt.optimizer.sources import load_model
 from llmopt.optimizer.tokens import Tokens
 
 IDS = torch.arange(5 * 11).reshape(5, 11) * 7 % 101
@@ -100,6 +101,18 @@ def test_two_runs_are_shown_row_by_row_and_the_exact_one_may_leave_at_once(model
     found = inputs_of(exact, [query])[query]
     torch.testing.assert_close(found, expected_inputs(model, 1, query), rtol=1e-4, atol=1e-5)
     assert exact.index == working.index == 1
+
+
+@pytest.mark.parametrize("family_name", ["olmo2", "opt-350m", "llama"])
+def test_what_was_shown_stays_when_the_windows_leave(family_name, family_of, tmp_path: Path) -> None:
+    """Also where a linear reads the residual stream itself."""
+    model = load_model(str(family_of(family_name)), cache=tmp_path)
+    working, exact = run_of(model, tmp_path), run_of(model, tmp_path)
+    pairs = []
+    linears = model.decoder.layers[0].linears
+    observe_both(working, exact, linears, lambda _, *rows: pairs.append(rows), exact_leaves=True)
+    assert len(pairs) == 3 * len(linears)
+    assert all(torch.equal(rows, others) for rows, others in pairs)
 
 
 def test_padding_is_left_out(model, tmp_path: Path) -> None:

@@ -359,17 +359,18 @@ def test_a_scheme_that_a_target_cannot_run_is_refused_at_its_option(mistakes) ->
       overrides:
         - match: a
           scheme:
-            weights: {{num_bits: 3, strategy: channel}}
+            weights: {{num_bits: 3, strategy: group, group_size: 24}}
         - match: b
           scheme: W4A16
         - match: c
-          scheme: {{weights: {{num_bits: 8, type: float, strategy: channel}}}}
+          scheme: {{weights: {{num_bits: 8, strategy: block, block_structure: [128, 128]}}}}
 {TAIL}"""
     )
     assert found == [
         "r.yaml:8: passes.0.round_to_nearest.overrides.0.scheme: "
-        "the cpu target has kernels for 4 and 8 bits, not for 3",
-        "r.yaml:13: passes.0.round_to_nearest.overrides.2.scheme: the cpu target has no floating-point weight kernels",
+        "the cpu target needs a group size that is a multiple of 16, not 24",
+        "r.yaml:13: passes.0.round_to_nearest.overrides.2.scheme: "
+        "the cpu target takes integers' scales per tensor, per channel or per group",
     ]
 
 
