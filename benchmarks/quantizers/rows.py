@@ -12,6 +12,11 @@ __all__ = ["OURS", "ROWS", "Row", "available", "chosen"]
 OURS = "llmopt"
 
 _W4 = {"scheme": "W4A16", "group_size": 32}
+_AUTO = {
+    "budget": {"bits": 4.5},
+    "candidates": [*({"scheme": "W4A16", "group_size": size} for size in (64, 32, 16)), "W8A16"],
+    "method": "gptq",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +59,7 @@ ROWS: tuple[Row, ...] = (
     _ours("gptq-w4", "gptq", "W4A16 g32", {"gptq": _W4}),
     _ours("awq-w4", "awq", "W4A16 g32", {"awq": _W4}),
     _ours("awq-gptq-w4", "awq, gptq", "W4A16 g32", {"awq": {**_W4, "rounds": False}}, {"gptq": _W4}),
+    _ours("auto-4.5", "auto_bits, gptq", "4.5 bits", {"auto_bits": _AUTO}),
     _peer("gptqmodel-gptq", "gptqmodel", "gptq"),
     _peer("llmcompressor-gptq", "llmcompressor", "gptq", method="gptq"),
     _peer("llmcompressor-awq", "llmcompressor", "awq", method="awq"),
