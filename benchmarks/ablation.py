@@ -54,7 +54,7 @@ VARIANTS: tuple[Variant, ...] = (
     *_each("act_order", False),
     *_each("clipping", "none", "weights"),
     *_each("damping", 0.001, 0.1),
-    *_each("error_propagation", 0.0, 0.25, 1.0),
+    *_each("error_propagation", 0.0, 0.5, 1.0),
     *_each("inputs", "float"),
     *_each("true_sequential", True),
     Variant("calibration text", "Wikipedia", text=str(WIKIPEDIA)),
