@@ -18,6 +18,7 @@ from llmopt.optimizer.errors import InputError, Problem, RecipeError
 from llmopt.optimizer.gates import Gate
 from llmopt.optimizer.recipe_errors import shown
 from llmopt.optimizer.recipe_text import Document, parse
+from llmopt.optimizer.tuning import Tuning
 
 __all__ = ["NamedExporter", "NamedPass", "Recipe", "Resources", "Settings"]
 
@@ -65,6 +66,7 @@ class Settings(_Part):
     strict: bool = Field(False, description="Whether a fallback is an error instead of a note.")
     resources: Resources = Field(default_factory=Resources, description="Limits on memory and threads.")
     seed: int = Field(0, ge=0, le=2**32 - 1, description="The only source of randomness.")
+    tune: Tuning | None = Field(None, description="What llmopt tune searches; builds leave it aside.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,16 +105,19 @@ class Recipe(Settings):
             RecipeError: With every mistake found.
         """
         from llmopt.optimizer.recipe_check import checked
-        from llmopt.optimizer.recipe_edit import override, substitute
 
-        document = _read(path)
+        document = _changed(path, overrides)
         if document.data is not None or not document.problems:
-            override(document, overrides)
-            substitute(document, os.environ)
             recipe = checked(document, path.parent)
             if recipe is not None:
                 return recipe
         raise RecipeError(sorted(set(document.problems), key=_order))
+
+    @staticmethod
+    def written(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+        """A recipe that loads as plain data: what the file says, with ``--set`` and the environment applied."""
+        data: dict[str, Any] = _changed(path, overrides).data
+        return data
 
     @staticmethod
     def json_schema() -> dict[str, Any]:
@@ -129,9 +134,9 @@ class Recipe(Settings):
     def resolved(self) -> dict[str, Any]:
         """The recipe with every default filled in, as plain data that is equal for equal recipes.
 
-        Paths are as written, so it does not say where the recipe was; it is itself a recipe.
+        Paths are as written, so it does not say where the recipe was; it is itself a recipe. ``tune`` is left out.
         """
-        plain = self.model_dump(mode="json", exclude={"passes", "export", "base"}, exclude_none=True)
+        plain = self.model_dump(mode="json", exclude={"passes", "export", "base", "tune"}, exclude_none=True)
         plain["passes"] = [_named(each.name, each.instance) for each in self.passes]
         plain["export"] = [_named(each.name, each.instance) for each in self.export]
         return plain
@@ -143,6 +148,17 @@ def _named(name: str, options: BaseModel) -> dict[str, Any]:
 
 def _order(problem: Problem) -> tuple[bool, int, str, str]:
     return problem.file == "--set", problem.line, problem.path, problem.what
+
+
+def _changed(path: Path, overrides: Sequence[str]) -> Document:
+    """The text of a recipe with ``--set`` and the environment applied, if it can be read at all."""
+    from llmopt.optimizer.recipe_edit import override, substitute
+
+    document = _read(path)
+    if document.data is not None or not document.problems:
+        override(document, overrides)
+        substitute(document, os.environ)
+    return document
 
 
 def _read(path: Path) -> Document:

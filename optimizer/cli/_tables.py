@@ -14,8 +14,12 @@ from llmopt.optimizer.manifest import Measurement, Verdict
 if TYPE_CHECKING:
     from llmopt.evaluation.bisect import Bisection, Step
     from llmopt.evaluation.operators import Effect
+    from llmopt.evaluation.tuning import Trial
+    from llmopt.optimizer.tuning import Tuning
 
-__all__ = ["bisection_table", "gates_table", "graph_passes_table", "measurements_table", "operators_table"]
+__all__ = [
+    "bisection_table", "gates_table", "graph_passes_table", "measurements_table", "operators_table", "trials_table",
+]  # fmt: skip
 
 
 _BAR = 12
@@ -128,4 +132,28 @@ def operators_table(operators: Mapping[str, int], layers: int) -> Table:
     total = sum(operators.values())
     table.add_section()
     table.add_row("all", f"{total:,}", f"{total / layers:.2f}")
+    return table
+
+
+def trials_table(trials: "Sequence[Trial]", tuning: "Tuning") -> Table:
+    """A row per trial of a search, the best one first; those that no other is better than are starred."""
+    from llmopt.evaluation.pages import megabytes, nats
+    from llmopt.evaluation.tuning import ranked, undominated
+
+    table = Table(title=f"trials, best {tuning.objective} first", title_justify="left")
+    table.add_column("trial", justify="right", no_wrap=True)
+    for path in tuning.search:
+        table.add_column(path.rpartition(".")[2])
+    for name in ("size", "KL", "tokens/s"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("")
+    chosen = {each.number for each in undominated(trials, tuning)}
+    for trial in ranked(trials, tuning):
+        facts = ("", "", "")
+        if trial.is_built:
+            facts = (megabytes(trial.bytes), nats(trial.kl), f"{trial.tokens_per_second:.0f}")
+        values = [str(trial.values[path]) for path in tuning.search]
+        status = f"{trial.status}: {trial.message}" if trial.message else trial.status
+        number = f"{'*' if trial.number in chosen else ''}{trial.number}"
+        table.add_row(number, *values, *facts, status, style=None if trial.status == "accepted" else "dim")
     return table
