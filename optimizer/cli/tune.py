@@ -47,9 +47,10 @@ def command(
 ) -> None:
     """Search options of a recipe for the best build within a limit on the lost accuracy.
 
-    Each trial is a build, measured and kept below the study's directory unless another is better in everything.
-    best.yaml there is the recipe of the best one. A study that was stopped, or is given more trials, goes on where
-    it was. Exit code 4 means that no trial met the constraint and the gates of the recipe.
+    Each trial is a build, measured, and kept below the study's directory unless another is better in everything.
+    best.yaml there is the recipe of the best one; report.html plots size, speed and loss. A study that was stopped,
+    or is given more trials, goes on where it was. Exit code 4 means that no trial met the constraint and the gates
+    of the recipe.
     """
     from llmopt.optimizer.cache import cache_root
     from llmopt.optimizer.progress import choose
@@ -68,11 +69,12 @@ def command(
 
 
 def _report(search: "Search", trials: "Sequence[Trial]", progress: "Progress", *, as_json: bool) -> None:
-    """Write best.yaml, print what was found, and refuse a search in which nothing was accepted."""
+    """Write best.yaml and the report, print what was found, and refuse a search in which nothing was accepted."""
     from dataclasses import asdict
 
     from llmopt.evaluation.best_recipe import write_recipe
     from llmopt.evaluation.tuning import best_of
+    from llmopt.evaluation.tuning_report import tuning_page
     from llmopt.optimizer.cli._console import open_console
     from llmopt.optimizer.cli._tables import trials_table
 
@@ -81,6 +83,8 @@ def _report(search: "Search", trials: "Sequence[Trial]", progress: "Progress", *
         file.unlink(missing_ok=True)
     else:
         write_recipe(search, best, file)
+    page = search.output / "report.html"
+    page.write_text(tuning_page(search, trials), encoding="utf-8")
     number = None if best is None else best.number
     if as_json:
         found = {"output": str(search.output), "best": number, "trials": [asdict(trial) for trial in trials]}
@@ -88,6 +92,7 @@ def _report(search: "Search", trials: "Sequence[Trial]", progress: "Progress", *
     else:
         console = open_console()
         console.print(trials_table(trials, search.tuning))
+        console.print(f"report: {page}", soft_wrap=True)
         if best is not None:
             console.print(f"best: trial {number}, {file}", soft_wrap=True)
             console.print(f"next: llmopt build {file}", style="dim", soft_wrap=True)

@@ -54,6 +54,7 @@ def test_the_best_recipe_is_named_and_builds_what_the_trial_was(run, recipe: Pat
     assert (code, said) == (0, "")
     best = tmp_path / "study/best.yaml"
     assert f"best: trial 1, {best}" in shown
+    assert (tmp_path / "study/report.html").read_text().count("<circle") == 4
     found = Recipe.load(best)
     assert found.tune is None
     assert found.passes[0].instance.group_size == 32
@@ -124,6 +125,7 @@ def test_a_limit_that_no_trial_meets_ends_with_4_and_the_nearest(run, recipe: Pa
     assert "rejected: kl" in shown
     assert "none of 2 trials met every limit; trial 0 came nearest: kl " in error
     assert [found.name for found in (tmp_path / "study/trials").iterdir()] == ["0"]
+    assert "of the trials met every limit" in (tmp_path / "study/report.html").read_text()
     assert not (tmp_path / "study/best.yaml").exists()
 
 
