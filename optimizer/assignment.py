@@ -98,6 +98,11 @@ class SchemeQuantPass(QuantPass):
             raise ValueError("an embedding looks rows up, it has no inputs to quantize; W8A16 quantizes its table")
         return value
 
+    @property
+    def leaves_floats(self) -> bool:
+        """Whether it only prepares weights for another quantizer."""
+        return False
+
     def schemes(self) -> dict[str, Scheme]:
         """See ``QuantPass.schemes``."""
         found = {

@@ -87,6 +87,10 @@ class AutoBits(QuantPass):
 
     def requires(self, model: Model) -> None:
         """See ``WeightPass.requires``. A budget that no choice fits is refused here, but for one of time."""
+        if self._quantizer(self.candidates[0].sized).leaves_floats:
+            raise PassError(
+                "method only prepares weights, and leaves them in float", hint="give that pass before auto_bits instead"
+            )
         for each in self.candidates:
             self._quantizer(each.sized).requires(model)
         parts = self._parts(model)

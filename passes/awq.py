@@ -50,6 +50,11 @@ class Awq(SchemeQuantPass):
         description="Whether weights are rounded; false leaves scaled weights in float, for another quantizer behind.",
     )
 
+    @property
+    def leaves_floats(self) -> bool:
+        """See ``SchemeQuantPass.leaves_floats``."""
+        return not self.rounds
+
     def requires(self, model: Model) -> None:
         """See ``WeightPass.requires``."""
         super().requires(model)

@@ -217,6 +217,13 @@ def test_a_budget_that_cannot_be_reached_names_the_smallest(model) -> None:
         AutoBits(budget={"bytes": 50_000}, **options).requires(model)
 
 
+def test_a_method_that_leaves_floats_is_refused(model) -> None:
+    one = AutoBits(budget={"bits": 5}, candidates=CANDIDATES, method={"awq": {"rounds": False}})
+    with pytest.raises(PassError, match="method only prepares weights"):
+        one.requires(model)
+    AutoBits(budget={"bits": 5}, candidates=CANDIDATES, method="awq").requires(model)
+
+
 def test_overrides_of_everything_leave_nothing_to_choose(model) -> None:
     overrides = [{"match": "re:.*", "scheme": "W8A16"}]
     with pytest.raises(PassError, match="overrides decide about every linear"):
