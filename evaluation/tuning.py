@@ -87,16 +87,25 @@ def check_search(search: Search) -> None:
     """Have every option that is searched checked as ``--set`` would be.
 
     Raises:
-        RecipeError: An option takes none of the values it is to be given, such as one that does not exist.
+        RecipeError: An option takes none of the values it is to be given, with no value of any other option, such as
+            one that does not exist.
     """
     problems: list[Problem] = []
     for path, values in search.tuning.search.items():
-        tried = (values.min, values.max) if isinstance(values, Range) else values
-        found = [_problems(search, {path: value}) for value in tried]
-        if all(found):
+        tried = [{path: each} for each in _values(values)]
+        found = [_problems(search, each) for each in tried]
+        if not all(found):
+            continue
+        # An option may need another one, as group_size needs a scheme with groups.
+        others = [{name: each} for name, its in search.tuning.search.items() if name != path for each in _values(its)]
+        if all(_problems(search, each | other) for each in tried for other in others):
             problems += [Problem("tune.search", 1, each.path, each.what, each.hint) for each in found[0]]
     if problems:
         raise RecipeError(problems)
+
+
+def _values(values: tuple[Any, ...] | Range) -> tuple[Any, ...]:
+    return (values.min, values.max) if isinstance(values, Range) else values
 
 
 def _problems(search: Search, values: Mapping[str, Any]) -> list[Problem]:

@@ -1,6 +1,7 @@
 """A search over a recipe's options: trials that are built, found again, and refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from llmopt.optimizer.progress import Silent
 from llmopt.optimizer.recipe import Recipe
 
 GROUPS = "passes.0.round_to_nearest.group_size"
+SCHEME = "passes.0.round_to_nearest.scheme"
 
 
 @pytest.fixture
@@ -53,6 +55,15 @@ def test_an_unknown_option_is_named_with_the_nearest(search_of) -> None:
     with pytest.raises(RecipeError) as error:
         check_search(search_of(search={GROUPS.replace("group", "gruop"): [16, 32]}))
     assert error.value.problems[0].hint == "did you mean 'group_size'?"
+
+
+def test_an_option_that_needs_a_value_of_another_is_searched(search_of) -> None:
+    search = search_of(search={GROUPS: [16]})
+    alone = replace(search, overrides=(f"{SCHEME}=W8A8",))
+    with pytest.raises(RecipeError):
+        check_search(alone)
+    both = alone.tuning.model_copy(update={"search": {GROUPS: (16,), SCHEME: ("W8A8", "W4A16")}})
+    check_search(replace(alone, tuning=both))
 
 
 def test_a_study_of_another_search_is_not_continued(search_of) -> None:
