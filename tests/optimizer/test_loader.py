@@ -97,7 +97,7 @@ def test_listing_names_imports_no_pass() -> None:
         ("passes.graph", "fuse_qkw", "no graph pass named 'fuse_qkw'", "did you mean 'fuse_qkv'?"),
         ("exporters", "zzz", "no exporter named 'zzz'", "known: onnx"),
         ("passes", "../optimizer/loader", "no pass named '../optimizer/loader'", "known: "),
-        ("passes", "_nbits", "no pass named '_nbits'", "known: "),
+        ("passes", "_zzz", "no pass named '_zzz'", "known: "),
     ],
 )
 def test_an_unknown_name_is_answered_with_the_nearest(kind: loader.Kind, name: str, message: str, hint: str) -> None:
