@@ -140,7 +140,12 @@ def trials_table(trials: "Sequence[Trial]", tuning: "Tuning") -> Table:
     from llmopt.evaluation.pages import megabytes, nats
     from llmopt.evaluation.tuning import ranked, undominated
 
-    table = Table(title=f"trials, best {tuning.objective} first", title_justify="left")
+    table = Table(
+        title=f"trials, best {tuning.objective} first",
+        title_justify="left",
+        caption="*: accepted, and no other trial is as good in everything",
+        caption_justify="left",
+    )
     table.add_column("trial", justify="right", no_wrap=True)
     for path in tuning.search:
         table.add_column(path.rpartition(".")[2])
