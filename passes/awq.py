@@ -1,50 +1,35 @@
 """AWQ: moves scales into channels with large activations before rounding, and narrows each group's range."""
 
 from collections.abc import Mapping
-from typing import ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from llmopt.calibration.clipping import Clipping, chosen_grid
-from llmopt.calibration.hessian import TokenWeighting
+from llmopt.calibration.clipping import chosen_grid
 from llmopt.calibration.quantize_layers import LinearFacts, Plan, Stage, observed_moments, quantize_layers
 from llmopt.calibration.scale_search import Consumer, best_scale
 from llmopt.calibration.sweep import output_error
-from llmopt.optimizer.assignment import SchemeQuantPass
 from llmopt.optimizer.contracts import PassContext
 from llmopt.optimizer.model import Model, QuantWeight, Weight
 from llmopt.optimizer.rounding import quantize_on, with_input_scale
 from llmopt.optimizer.scale_pairs import ScalePair, layer_pairs, scaled
 from llmopt.optimizer.scheme import Scheme
-from llmopt.optimizer.weight_rounding import finite, relative_error, round_weight
+from llmopt.optimizer.weight_rounding import finite, relative_error
+from llmopt.passes._calibrated import CalibratedQuantPass, layer_modules, record_facts, rounded_tables
 from llmopt.passes._preparing import refuse_quantized_cache
 
 __all__ = ["Awq"]
 
 
-class Awq(SchemeQuantPass):
+class Awq(CalibratedQuantPass):
     """Quantize the decoder's linears with scales and ranges chosen so that their outputs change least.
 
     Source: Lin et al. 2023, AWQ, arXiv:2306.00978. Not in the paper: errors are those of each linear's own outputs,
     from the moments of its inputs, with tokens weighted by their norm.
     """
 
-    needs_calibration: ClassVar[bool] = True
-    chooses_input_scales = "layers"
-
-    token_weighting: TokenWeighting = Field(
-        "unit_norm",
-        description="How much a token counts: none (all the same), inverse_norm, or unit_norm, which keeps the few "
-        "tokens with huge activations from deciding alone.",
-    )
     scaling: bool = Field(True, description="Whether scales are searched; false leaves the search of ranges.")
-    clipping: Clipping = Field(
-        "activations",
-        description="How a group's range is chosen: none (all values fit), weights (least squared error), activations "
-        "(least squared error, each column by its activations).",
-    )
     rounds: bool = Field(
         True,
         description="Whether weights are rounded; false leaves scaled weights in float, for another quantizer behind.",
@@ -64,17 +49,14 @@ class Awq(SchemeQuantPass):
     def run(self, model: Model, context: PassContext) -> Model:
         """See ``WeightPass.run``. Records each linear's error, that of its outputs, and what the scales gained."""
         assigned = self.assign(model)
-        inside = [module for module in assigned if module not in (model.arch.embedding, model.arch.head)]
         layers = _Layers(self, model, assigned)
-        plan = Plan(modules=inside, follow=self.rounds, true_sequential=False)
+        plan = Plan(modules=layer_modules(model, assigned), follow=self.rounds, true_sequential=False)
         weights, facts = quantize_layers(model, plan, context, layers.quantize)
-        for module in (name for name in assigned if name not in inside and self.rounds):
-            name = model.weight_of(module)
-            rounded, error = round_weight(name, model.weights[name], assigned[module])
-            weights |= context.keep({name: rounded})
-            facts[module] = {"errors": error}
-        for fact in ("errors", "output_errors", "scaling"):
-            context.detail(fact, {name: found[fact] for name, found in facts.items() if fact in found})
+        if self.rounds:
+            tables, errors = rounded_tables(model, assigned, context)
+            weights |= tables
+            facts |= errors
+        record_facts(context, facts, ("errors", "output_errors", "scaling"))
         return model.with_weights(weights) if weights else model
 
 

@@ -1,53 +1,41 @@
 """GPTQ: rounds each weight column so that later columns make up for its error on the calibration text."""
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from llmopt.calibration.clipping import Clipping, chosen_grid
-from llmopt.calibration.hessian import Moments, TokenWeighting
+from llmopt.calibration.clipping import chosen_grid
+from llmopt.calibration.hessian import Moments
 from llmopt.calibration.quantize_layers import LinearFacts, Plan, Stage, observed_moments, quantize_layers
 from llmopt.calibration.sweep import SingularHessianError, corrected, inverse_factor, output_error, sweep
-from llmopt.optimizer.assignment import SchemeQuantPass
 from llmopt.optimizer.contracts import PassContext
 from llmopt.optimizer.errors import PassError
-from llmopt.optimizer.model import Model, QuantTensors, QuantWeight, Weight
+from llmopt.optimizer.model import Model, QuantWeight, Weight
 from llmopt.optimizer.rounding import quantize, with_input_scale
 from llmopt.optimizer.scheme import Scheme
 from llmopt.optimizer.weight_rounding import finite, relative_error, round_weight
+from llmopt.passes._calibrated import CalibratedQuantPass, layer_modules, record_facts, rounded_tables
 
 __all__ = ["Gptq"]
 
 
-class Gptq(SchemeQuantPass):
+class Gptq(CalibratedQuantPass):
     """Quantize the decoder's linears so that their outputs on calibration text change least; the head is rounded.
 
     Source: Frantar et al. 2022, GPTQ, arXiv:2210.17323. Not in the paper: tokens are weighted by their norm, group
     scales are fixed before the columns are ordered, and errors of the layers before are corrected (QEP).
     """
 
-    needs_calibration: ClassVar[bool] = True
-    chooses_input_scales = "layers"
-
-    token_weighting: TokenWeighting = Field(
-        "unit_norm",
-        description="How much a token counts: none (all the same), inverse_norm, or unit_norm, which keeps the few "
-        "tokens with huge activations from deciding alone.",
-    )
     act_order: bool = Field(True, description="Whether columns with larger activations are rounded first.")
     damping: float = Field(
         0.01,
         ge=0,
         le=1,
         description="Added to the Hessian's diagonal, as a share of its mean; raised where it does not suffice.",
-    )
-    clipping: Clipping = Field(
-        "activations",
-        description="How a group's range is chosen: none (all values fit), weights (least squared error), activations "
-        "(least squared error, each column by its activations).",
     )
     error_propagation: float = Field(
         0.25,
@@ -71,23 +59,27 @@ class Gptq(SchemeQuantPass):
     def run(self, model: Model, context: PassContext) -> Model:
         """See ``WeightPass.run``. Records each linear's error, that of its outputs, and that of plain rounding."""
         assigned = self.assign(model)
-        inside = [module for module in assigned if module not in (model.arch.embedding, model.arch.head)]
         plan = Plan(
-            modules=inside,
+            modules=layer_modules(model, assigned),
             follow=self.inputs == "quantized",
             true_sequential=self.true_sequential,
             twin=self.inputs == "quantized" and self.error_propagation > 0,
         )
         linears = _Linears(self, model, assigned, context)
         weights, facts = quantize_layers(model, plan, context, linears.quantize)
-        for module in (name for name in assigned if name not in inside):
-            name = model.weight_of(module)
-            rounded, error = round_weight(name, model.weights[name], assigned[module])
-            weights |= context.keep({name: rounded})
-            facts[module] = {"errors": error}
-        for fact in ("errors", "output_errors", "output_errors_of_rounding", "damping"):
-            context.detail(fact, {module: found[fact] for module, found in facts.items() if fact in found})
+        tables, errors = rounded_tables(model, assigned, context)
+        weights |= tables
+        record_facts(context, facts | errors, ("errors", "output_errors", "output_errors_of_rounding", "damping"))
         return model.with_weights(weights) if weights else model
+
+
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """In which order columns are rounded: a permutation, and for it the factor of the inverse and its damping."""
+
+    columns: Tensor
+    factor: Tensor
+    damping: float
 
 
 class _Linears:
@@ -105,45 +97,56 @@ class _Linears:
         weights: dict[str, Weight] = {}
         facts: dict[str, LinearFacts] = {}
         for readers in stage.readers:
+            inputs = moments[readers[0]]
+            order = self._order(readers[0], inputs)
             for module in readers:
-                name = self._model.weight_of(module)
-                weights[name], facts[module] = self._linear(module, moments[readers[0]])
+                weights[self._model.weight_of(module)], facts[module] = self._linear(module, inputs, order)
         return weights, facts
 
-    def _linear(self, module: str, moments: Moments) -> tuple[QuantWeight, LinearFacts]:
+    def _order(self, module: str, moments: Moments) -> _Order | None:
+        """The order of the columns for all that read what ``module`` does; None where no token activates them."""
+        if not moments.matrix.any():
+            return None
+        importance, options = moments.importance, self._options
+        columns = (
+            importance.argsort(descending=True, stable=True) if options.act_order else torch.arange(len(importance))
+        )
+        try:
+            factor, damping = inverse_factor(moments.matrix[columns][:, columns], options.damping)
+        except SingularHessianError as error:
+            raise _singular(module) from error
+        return _Order(columns, factor, damping)
+
+    def _linear(self, module: str, moments: Moments, order: _Order | None) -> tuple[QuantWeight, LinearFacts]:
         """One linear's weight and what is recorded about it."""
         name, scheme, options = self._model.weight_of(module), self._assigned[module], self._options
-        if not moments.matrix.any():
+        if order is None:
             self._context.fallback(f"no calibration token activates {module}: it is rounded to nearest")
             rounded, error = round_weight(name, self._model.weights[name], scheme)
             tensors = with_input_scale(rounded.load(), scheme, moments.largest)
             return QuantWeight.of(tensors, scheme), {"errors": error}
-        weight = finite(name, self._model.weights[name].dense())
-        try:
-            goal = weight
-            if moments.cross is not None:
-                share = options.error_propagation
+        weight = goal = finite(name, self._model.weights[name].dense())
+        if moments.cross is not None:
+            share = options.error_propagation
+            try:
                 goal = corrected(weight, moments.matrix, moments.cross, damping=options.damping, share=share)
-            tensors, damping = self._round(goal, moments, scheme)
-        except SingularHessianError as error:
-            raise PassError(
-                f"the Hessian of {module} is singular even when its diagonal is doubled",
-                hint="give more calibration text, or keep this module in float with overrides",
-            ) from error
+            except SingularHessianError as error:
+                raise _singular(module) from error
+        scale, zero = chosen_grid(goal, scheme.weights, options.clipping, moments.importance)
+        tensors = sweep(goal, order.factor, scale, zero, scheme.weights, order=order.columns)
+        tensors = with_input_scale(tensors, scheme, moments.largest)
         plain = quantize(goal, scheme)
         facts = {
             "errors": relative_error(tensors.dense(), weight),
             "output_errors": output_error(tensors.dense() - goal, goal, moments.matrix),
             "output_errors_of_rounding": output_error(plain.dense() - goal, goal, moments.matrix),
-            "damping": damping,
+            "damping": order.damping,
         }
         return QuantWeight.of(tensors, scheme), facts
 
-    def _round(self, goal: Tensor, moments: Moments, scheme: Scheme) -> tuple[QuantTensors, float]:
-        """The rounded weight and the damping it took."""
-        options, importance, spec = self._options, moments.importance, scheme.weights
-        scale, zero = chosen_grid(goal, spec, options.clipping, importance)
-        order = importance.argsort(descending=True, stable=True) if options.act_order else torch.arange(len(importance))
-        factor, damping = inverse_factor(moments.matrix[order][:, order], options.damping)
-        tensors = sweep(goal, factor, scale, zero, spec, order=order)
-        return with_input_scale(tensors, scheme, moments.largest), damping
+
+def _singular(module: str) -> PassError:
+    return PassError(
+        f"the Hessian of {module} is singular even when its diagonal is doubled",
+        hint="give more calibration text, or keep this module in float with overrides",
+    )
