@@ -9,11 +9,26 @@ from torch.nn import functional
 
 from llmopt.calibration.reference import Reference
 from llmopt.optimizer.decoder import Experts
+from llmopt.optimizer.errors import PassError
 
-__all__ = ["Observer", "observing"]
+__all__ = ["Observer", "finite_rows", "observing"]
 
 Observer = Callable[[str, Tensor], None]
 """Called with a linear's module name and what enters it, float32 ``[rows, in]``, in the order of the tokens."""
+
+
+def finite_rows(module: str, rows: Tensor) -> Tensor:
+    """``rows``, what an observer was shown of ``module``.
+
+    Raises:
+        PassError: A value is not finite.
+    """
+    if not rows.isfinite().all():
+        raise PassError(
+            f"what enters {module} has values that are not finite",
+            hint="the model overflows on the calibration text, or its weights are damaged",
+        )
+    return rows
 
 
 @contextmanager

@@ -16,11 +16,10 @@ from torch import Tensor
 from llmopt.calibration.coverage import Coverage
 from llmopt.calibration.hessian import Moments, TokenWeighting
 from llmopt.calibration.layerwise import Layerwise, observe_both
-from llmopt.calibration.observe import Observer
+from llmopt.calibration.observe import Observer, finite_rows
 from llmopt.optimizer.cache import publish
 from llmopt.optimizer.contracts import PassContext
 from llmopt.optimizer.decoder import Layer
-from llmopt.optimizer.errors import PassError
 from llmopt.optimizer.memory_limit import return_memory
 from llmopt.optimizer.model import Model, Weight
 from llmopt.optimizer.weight_store import WeightStore, read_weights
@@ -156,12 +155,7 @@ def observed_moments(stage: Stage, *, weighting: TokenWeighting) -> dict[str, Mo
     }
 
     def add(module: str, rows: Tensor, exact: Tensor | None = None) -> None:
-        if not rows.isfinite().all():
-            raise PassError(
-                f"what enters {module} has values that are not finite",
-                hint="the model overflows on the calibration text, or its weights are damaged",
-            )
-        moments[module].add(rows, exact)
+        moments[module].add(finite_rows(module, rows), exact)
 
     if stage.is_paired:
         stage.observe_both(add)
@@ -214,13 +208,17 @@ def _new_layer(
             store.keep(weights)
         store.close()
         (partial / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
-    return _finished(work, index) or (weights, facts)
+    return _read(work / f"layer-{index:05d}")
 
 
 def _finished(work: Path | None, index: int) -> tuple[dict[str, Weight], dict[str, LinearFacts]] | None:
     """A layer that a build which was killed had finished."""
     if work is None or not (directory := work / f"layer-{index:05d}").is_dir():
         return None
+    return _read(directory)
+
+
+def _read(directory: Path) -> tuple[dict[str, Weight], dict[str, LinearFacts]]:
     return read_weights(directory), json.loads((directory / _FACTS).read_text(encoding="utf-8"))
 
 

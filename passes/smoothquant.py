@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from llmopt.calibration.layerwise import Layerwise
+from llmopt.calibration.observe import finite_rows
 from llmopt.optimizer.contracts import PassContext, WeightPass
 from llmopt.optimizer.decoder import Experts, Layer
 from llmopt.optimizer.errors import PassError
@@ -120,12 +121,7 @@ def _largest_inputs(text: Layerwise, modules: list[str]) -> dict[str, Tensor]:
     largest: dict[str, Tensor] = {}
 
     def observe(module: str, rows: Tensor) -> None:
-        if not rows.isfinite().all():
-            raise PassError(
-                f"what enters {module} has values that are not finite",
-                hint="the model overflows on the calibration text, or its weights are damaged",
-            )
-        found = rows.abs().amax(0) if len(rows) else rows.new_zeros(rows.shape[1])
+        found = finite_rows(module, rows).abs().amax(0) if len(rows) else rows.new_zeros(rows.shape[1])
         largest[module] = torch.maximum(largest[module], found) if module in largest else found
 
     if modules:

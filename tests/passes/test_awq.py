@@ -1,42 +1,17 @@
 """AWQ as a pass: the function of the float model is kept by its scales, and rounding them loses less."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from llmopt.calibration.reference import Reference
-from llmopt.optimizer.contracts import PassContext
 from llmopt.optimizer.model import DenseWeight, QuantWeight
 from llmopt.optimizer.scale_pairs import layer_pairs
-from llmopt.optimizer.sources import load_model
-from llmopt.optimizer.tokens import Tokens
 from llmopt.passes.awq import Awq
 from llmopt.passes.gptq import Gptq
 from llmopt.passes.round_to_nearest import RoundToNearest
 
-IDS = torch.randint(3, 101, (48, 24), generator=torch.Generator().manual_seed(0))
 OTHER = torch.randint(3, 101, (8, 24), generator=torch.Generator().manual_seed(1))
 OPTIONS = {"scheme": "W4A16", "group_size": 16, "head": "none"}
-
-
-@pytest.fixture
-def context(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("llmopt.calibration.layerwise.fast_dtype", lambda: torch.float32)
-    tokens = Tokens(name="it", ids=IDS, digest="0")
-    details: dict[str, dict[str, float]] = {}
-    return PassContext(calibration=lambda: tokens, detail=details.__setitem__), details
-
-
-@pytest.fixture
-def model_of(family_of, tmp_path: Path):
-    return lambda name: load_model(str(family_of(name)), cache=tmp_path)
-
-
-def distance(model, quantized):
-    """KL divergence on text that was not calibrated on."""
-    source, found = (Reference(each).logits(OTHER).log_softmax(-1) for each in (model, quantized))
-    return float((source.exp() * (source - found)).sum(-1).mean())
 
 
 def uneven(model):
@@ -52,7 +27,9 @@ def uneven(model):
     return model
 
 
-def test_every_family_with_uneven_channels_loses_less_than_by_rounding(family_name, model_of, context) -> None:
+def test_every_family_with_uneven_channels_loses_less_than_by_rounding(
+    family_name, model_of, context, distance
+) -> None:
     model = uneven(model_of(family_name))
     columns = min(model.weights[model.weight_of(module)].shape[1] for module in model.linears())
     options = OPTIONS | ({} if columns % 16 == 0 else {"group_size": -1})
@@ -64,7 +41,7 @@ def test_every_family_with_uneven_channels_loses_less_than_by_rounding(family_na
     assert distance(model, quantized) < 0.9 * distance(model, rounded)
 
 
-def test_without_rounding_the_function_stays_and_another_quantizer_gains(model_of, context) -> None:
+def test_without_rounding_the_function_stays_and_another_quantizer_gains(model_of, context, distance) -> None:
     model = uneven(model_of("llama"))
     scaled = Awq(**OPTIONS, rounds=False).run(model, context[0])
     assert not any(isinstance(weight, QuantWeight) for weight in scaled.weights.values())
@@ -73,7 +50,7 @@ def test_without_rounding_the_function_stays_and_another_quantizer_gains(model_o
     assert distance(model, prepared) < distance(model, plain)
 
 
-def test_ranges_alone_are_searched_without_scaling(model_of, context) -> None:
+def test_ranges_alone_are_searched_without_scaling(model_of, context, distance) -> None:
     model = model_of("llama")
     quantized = Awq(**OPTIONS, scaling=False).run(model, context[0])
     norms = [name for name in model.weights if "norm" in name]
@@ -103,7 +80,7 @@ def test_what_scales_gained_and_what_rounding_lost_is_recorded(model_of, context
     assert details["output_errors"].keys() == set(model.linears()[:-1])
 
 
-def test_linears_that_stay_in_float_are_scaled_with_the_others(model_of, context) -> None:
+def test_linears_that_stay_in_float_are_scaled_with_the_others(model_of, context, distance) -> None:
     model = uneven(model_of("llama"))
     overrides = ({"match": "re:.*q_proj", "scheme": "none"},)
     quantized = Awq(**OPTIONS, overrides=overrides).run(model, context[0])

@@ -1,47 +1,18 @@
 """GPTQ as a pass: what it does to a model, from what it is told, and what it refuses."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from pydantic import ValidationError
 
 from llmopt.calibration.input_maxima import input_maxima
-from llmopt.calibration.reference import Reference
-from llmopt.optimizer.contracts import PassContext
 from llmopt.optimizer.errors import PassError
 from llmopt.optimizer.model import DenseWeight, QuantWeight
-from llmopt.optimizer.sources import load_model
-from llmopt.optimizer.tokens import Tokens
 from llmopt.passes.awq import Awq
 from llmopt.passes.gptq import Gptq
 from llmopt.passes.round_to_nearest import RoundToNearest
 
-IDS = torch.randint(3, 101, (48, 24), generator=torch.Generator().manual_seed(0))
-OTHER = torch.randint(3, 101, (8, 24), generator=torch.Generator().manual_seed(1))
 
-
-@pytest.fixture
-def context(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("llmopt.calibration.layerwise.fast_dtype", lambda: torch.float32)
-    tokens = Tokens(name="it", ids=IDS, digest="0")
-    details: dict[str, dict[str, float]] = {}
-    made = PassContext(calibration=lambda: tokens, detail=details.__setitem__)
-    return made, details
-
-
-@pytest.fixture
-def model_of(family_of, tmp_path: Path):
-    return lambda name: load_model(str(family_of(name)), cache=tmp_path)
-
-
-def distance(model, quantized):
-    """KL divergence on text that was not calibrated on."""
-    source, found = (Reference(each).logits(OTHER).log_softmax(-1) for each in (model, quantized))
-    return float((source.exp() * (source - found)).sum(-1).mean())
-
-
-def test_every_family_loses_less_than_by_rounding(family_name, model_of, context) -> None:
+def test_every_family_loses_less_than_by_rounding(family_name, model_of, context, distance) -> None:
     model = model_of(family_name)
     columns = min(model.weights[model.weight_of(module)].shape[1] for module in model.linears())
     options = {"scheme": "W4A16", "group_size": 16 if columns % 16 == 0 else -1, "head": "none"}
@@ -89,7 +60,7 @@ def test_every_option_changes_the_result(option, model_of, context) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["W8A16", "W4A16_ASYM", "W8A8", "W3A16"])
-def test_schemes(scheme, model_of, context) -> None:
+def test_schemes(scheme, model_of, context, distance) -> None:
     model = model_of("llama")
     options = {"scheme": scheme, "head": "none"} | ({"group_size": 16} if scheme in ("W4A16_ASYM", "W3A16") else {})
     quantized = Gptq(**options).run(model, context[0])
@@ -149,7 +120,7 @@ def test_an_already_quantized_module_is_refused(model_of, context) -> None:
 
 
 @pytest.mark.parametrize("name", ["gptq", "awq"])
-def test_static_scales_of_inputs_cover_what_entered(name, model_of, context) -> None:
+def test_static_scales_of_inputs_cover_what_entered(name, model_of, context, distance) -> None:
     model = model_of("llama")
     options = {"scheme": "FP8", "head": "none"} | ({"error_propagation": 0.0} if name == "gptq" else {"scaling": False})
     quantized = {"gptq": Gptq, "awq": Awq}[name](**options).run(model, context[0])
