@@ -10,11 +10,14 @@ __all__ = ["Moments", "TokenWeighting"]
 TokenWeighting = Literal["none", "inverse_norm", "unit_norm"]
 """The weight of a token's row x: 1, 1/|x|, or 1/|x|^2, which makes all rows equally long."""
 
+_BLOCK = 192
+"""Columns whose products are taken together."""
+
 _POWER = {"none": 0.0, "inverse_norm": 0.5, "unit_norm": 1.0}
 
 
 class Moments:
-    """Second moments of a linear's input: ``H``, the sum of w x x^T over tokens, float64 ``[in, in]``.
+    """Second moments of a linear's input: ``matrix``, H, the sum of w x x^T over tokens, float64 ``[in, in]``.
 
     In the first tokens of a text a few channels are hundreds of times larger than anywhere else (attention sinks). With
     equal weights these tokens are all that H knows; weighting by the norm makes every token count.
@@ -29,7 +32,7 @@ class Moments:
     """
 
     def __init__(self, columns: int, *, weighting: TokenWeighting = "none", paired: bool = False) -> None:
-        self.matrix = torch.zeros(columns, columns, dtype=torch.float64)
+        self._matrix = torch.zeros(columns, columns, dtype=torch.float64)
         self.cross = torch.zeros(columns, columns, dtype=torch.float64) if paired else None
         self.largest = torch.zeros(columns)
         self.tokens = 0
@@ -49,12 +52,23 @@ class Moments:
         size = rows.square().mean(dim=1, keepdim=True).sqrt_().pow_(self._power)
         size[size == 0] = 1
         weighted = rows / size
-        self.matrix += weighted.T @ weighted
+        # The product is symmetric: of each block of rows, what lies left of the diagonal is not computed.
+        for first in range(0, len(self._matrix), _BLOCK):
+            block = weighted[:, first : first + _BLOCK]
+            self._matrix[first : first + _BLOCK, first:] += block.T @ weighted[:, first:]
         if self.cross is not None:
             assert exact is not None
             self.cross += ((exact - rows) / size).T @ weighted
 
     @property
+    def matrix(self) -> Tensor:
+        """H; what ``add`` left out is filled in."""
+        for first in range(0, len(self._matrix), _BLOCK):
+            past = first + _BLOCK
+            self._matrix[past:, first:past] = self._matrix[first:past, past:].T
+        return self._matrix
+
+    @property
     def importance(self) -> Tensor:
         """The diagonal of H: how much each input column counts, float32 ``[in]``."""
-        return self.matrix.diagonal().to(torch.float32)
+        return self._matrix.diagonal().to(torch.float32)

@@ -12,6 +12,9 @@ __all__ = ["SingularHessianError", "corrected", "inverse_factor", "output_error"
 _BLOCK = 128
 """Columns whose errors are pushed onto the columns behind the block at once, as one matrix product."""
 
+_TRIANGLE = 128
+"""Columns of a triangle that is inverted at once."""
+
 _LARGEST_DAMPING = 1.0
 
 
@@ -22,24 +25,29 @@ class SingularHessianError(Exception):
 def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
     """The upper Cholesky factor U of the damped inverse: ``U^T U = (H + d mean(diag H) I)^-1``.
 
+    With the order of rows and columns reversed, the lower factor of H becomes an upper R with ``H = R R^T``; U is the
+    inverse of R. That is half the work of factorizing the inverse, and never forms it.
+
     Args:
         hessian: float64 ``[in, in]``, symmetric and positive semidefinite.
         damping: d. It is multiplied by ten until the factorization succeeds.
 
     Returns:
-        U, float32 ``[in, in]``, and the damping that was needed.
+        U, float64 ``[in, in]``, and the damping that was needed.
 
     Raises:
         SingularHessianError: It does not succeed with a damping of 1.
     """
-    lower, needed = _factor(hessian, damping)
-    upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-    if info != 0 or not upper.isfinite().all():
-        raise SingularHessianError
-    return upper.to(torch.float32), needed
+    while True:
+        lower, info = torch.linalg.cholesky_ex(_damped(hessian, damping).flip(0, 1))
+        if info == 0 and lower.isfinite().all():
+            return _inverted_upper(lower.flip(0, 1)), damping
+        if damping >= _LARGEST_DAMPING:
+            raise SingularHessianError
+        damping = min(_LARGEST_DAMPING, max(10 * damping, 1e-6))
 
 
-def corrected(weight: Tensor, hessian: Tensor, cross: Tensor, *, damping: float, share: float) -> Tensor:
+def corrected(weight: Tensor, cross: Tensor, factor: Tensor, *, order: Tensor, share: float) -> Tensor:
     """The weight that on the quantized layers' output gives most nearly what the original gives on the float model's.
 
     ``W + share * W C (H + d I)^-1`` with C the sum of (x' - x) x^T: the least-squares solution for share 1.
@@ -48,16 +56,13 @@ def corrected(weight: Tensor, hessian: Tensor, cross: Tensor, *, damping: float,
 
     Args:
         weight: float32 ``[out, in]``.
-        hessian: float64 ``[in, in]``, the sum of x x^T.
-        cross: float64 ``[in, in]``.
-        damping: As for ``inverse_factor``.
+        cross: C, float64 ``[in, in]``.
+        factor: Of ``inverse_factor`` for H, the sum of x x^T, with its rows and columns in ``order``.
+        order: int64 ``[in]``, a permutation.
         share: 0 leaves the weight alone.
-
-    Raises:
-        SingularHessianError: See ``inverse_factor``.
     """
-    factor, _ = _factor(hessian, damping)
-    change = torch.cholesky_solve((weight.to(torch.float64) @ cross).T, factor).T
+    change = cross.new_empty(weight.shape)
+    change[:, order] = (weight.to(torch.float64) @ cross[:, order]) @ factor.T @ factor
     return weight + share * change.to(torch.float32)
 
 
@@ -72,7 +77,7 @@ def sweep(
 
     Args:
         weight: float32 ``[out, in]``; not modified.
-        factor: Of ``inverse_factor`` for the Hessian with its rows and columns in ``order``, float32 ``[in, in]``.
+        factor: Of ``inverse_factor`` for the Hessian with its rows and columns in ``order``.
         scale: float32, as ``grids`` gives it.
         zero: int8 of its shape; None for symmetric schemes.
         spec: How the weight is quantized.
@@ -82,6 +87,7 @@ def sweep(
         The rounded weight, its columns where they were.
     """
     columns = weight.shape[1]
+    factor = factor.to(torch.float32)
     # A column of the weight is a row here, so that each step reads and writes memory in order.
     rest = weight.T[order].contiguous()
     each = QuantTensors(weight, scale, zero, block=spec.block_structure).by_row()
@@ -117,18 +123,19 @@ def output_error(difference: Tensor, weight: Tensor, hessian: Tensor) -> float:
     return (max(moved, 0.0) / whole) ** 0.5 if whole > 0 else 0.0
 
 
-def _factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
-    """The lower Cholesky factor of the damped Hessian, float64, and the damping that was needed."""
-    while True:
-        factor, info = torch.linalg.cholesky_ex(_damped(hessian, damping))
-        if info == 0 and factor.isfinite().all():
-            return factor, damping
-        if damping >= _LARGEST_DAMPING:
-            raise SingularHessianError
-        damping = min(_LARGEST_DAMPING, max(10 * damping, 1e-6))
-
-
 def _damped(hessian: Tensor, damping: float) -> Tensor:
     damped = hessian.clone()
     damped.diagonal().add_(damping * hessian.diagonal().mean())
     return damped
+
+
+def _inverted_upper(matrix: Tensor) -> Tensor:
+    """``matrix``, an upper triangle, inverted in place: halves by themselves, then the block that joins them."""
+    columns = len(matrix)
+    if columns <= _TRIANGLE:
+        identity = torch.eye(columns, dtype=matrix.dtype)
+        return matrix.copy_(torch.linalg.solve_triangular(matrix, identity, upper=True))
+    half = columns // 2
+    first, last = _inverted_upper(matrix[:half, :half]), _inverted_upper(matrix[half:, half:])
+    matrix[:half, half:] = (first @ matrix[:half, half:]) @ last.neg()
+    return matrix

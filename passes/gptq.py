@@ -105,7 +105,7 @@ class _Linears:
 
     def _order(self, module: str, moments: Moments) -> _Order | None:
         """The order of the columns for all that read what ``module`` does; None where no token activates them."""
-        if not moments.matrix.any():
+        if not moments.importance.any():
             return None
         importance, options = moments.importance, self._options
         columns = (
@@ -128,10 +128,7 @@ class _Linears:
         weight = goal = finite(name, self._model.weights[name].dense())
         if moments.cross is not None:
             share = options.error_propagation
-            try:
-                goal = corrected(weight, moments.matrix, moments.cross, damping=options.damping, share=share)
-            except SingularHessianError as error:
-                raise _singular(module) from error
+            goal = corrected(weight, moments.cross, order.factor, order=order.columns, share=share)
         scale, zero = chosen_grid(goal, scheme.weights, options.clipping, moments.importance)
         tensors = sweep(goal, order.factor, scale, zero, scheme.weights, order=order.columns)
         tensors = with_input_scale(tensors, scheme, moments.largest)
