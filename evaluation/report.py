@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llmopt.calibration.coverage import coverage_words
+from llmopt.evaluation.choices import choices_of
 from llmopt.evaluation.operators import KINDS, WHOLE, Effect, by_kind, effects_of, verification_of
 from llmopt.evaluation.pages import Segment, measured, megabytes, rendered, segments
 from llmopt.optimizer.manifest import Engine, GateResult, Layer, Manifest, Measurement, PassRecord
@@ -81,6 +82,11 @@ def page(manifest: Manifest, record: Mapping[str, Any] | None = None) -> str:
                 {"name": record.name, "words": coverage_words(record.details["coverage"]), **record.details["coverage"]}
                 for record in manifest.passes
                 if "coverage" in record.details
+            ],
+            "choices": [
+                {"name": record.name, "made": choices_of(record.details["pareto"])}
+                for record in manifest.passes
+                if record.details.get("pareto")
             ],
             "recipe_text": json.dumps(_short(manifest.recipe), indent=1, sort_keys=True),
         },

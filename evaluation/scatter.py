@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Axis", "Scatter", "axis_of", "scatter"]
+__all__ = ["Axis", "Mark", "Scatter", "axis_of", "scatter"]
 
 _WIDTH, _HEIGHT = 480, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 16, 12, 44
@@ -40,11 +40,26 @@ class Axis:
 
 
 @dataclass(frozen=True, slots=True)
+class Mark:
+    """What stands at a point.
+
+    Attributes:
+        colour: Its CSS class.
+        label: Beside it.
+        title: What it says when it is pointed at.
+    """
+
+    colour: str
+    label: str
+    title: str
+
+
+@dataclass(frozen=True, slots=True)
 class Scatter:
     """What a template draws, in the units of an SVG of ``width`` and ``height``.
 
     Attributes:
-        points: x, y, and whatever the point stands for.
+        points: x, y, and what stands there.
         columns: x and text of each tick of the horizontal axis.
         rows: y and text of each tick of the vertical axis.
         limit: y of the line that points have to be below; None for no line.
@@ -52,7 +67,7 @@ class Scatter:
 
     x_title: str
     y_title: str
-    points: tuple[tuple[float, float, object], ...]
+    points: tuple[tuple[float, float, Mark], ...]
     columns: tuple[tuple[float, str], ...]
     rows: tuple[tuple[float, str], ...]
     limit: float | None
@@ -89,8 +104,8 @@ def _step(wanted: float) -> float:
     return max(factor * power for factor in (1, 2, 5) if factor * power <= wanted * (1 + 1e-9))
 
 
-def scatter(x: Axis, y: Axis, points: Sequence[tuple[float, float, object]], *, limit: float | None = None) -> Scatter:
-    """A plot of ``points``, each as its two values and what it stands for; ``limit`` is a value of ``y``."""
+def scatter(x: Axis, y: Axis, points: Sequence[tuple[float, float, Mark]], *, limit: float | None = None) -> Scatter:
+    """A plot of ``points``, each as its two values and what stands there; ``limit`` is a value of ``y``."""
 
     def across(value: float) -> float:
         return round(_LEFT + x.share(value) * (_WIDTH - _LEFT - _RIGHT), 1)

@@ -1,10 +1,10 @@
 """The report of a search, as a page that loads nothing: size, speed and loss of its trials."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from llmopt.evaluation.pages import megabytes, rendered
-from llmopt.evaluation.scatter import Scatter, axis_of, scatter
+from llmopt.evaluation.pages import megabytes, nats, rendered
+from llmopt.evaluation.scatter import Mark, Scatter, axis_of, scatter
 from llmopt.evaluation.tuning import Search, Trial, best_of, ranked, undominated
 from llmopt.optimizer.tuning import Tuning
 
@@ -32,7 +32,7 @@ def tuning_page(search: Search, trials: Sequence[Trial]) -> str:
             "options": list(tuning.search),
             "kinds": kinds,
             "colours": _COLOURS,
-            "plots": _plots(drawn, tuning) if drawn else [],
+            "plots": _plots(drawn, kinds, tuning) if drawn else [],
         },
     )
 
@@ -45,17 +45,22 @@ def _kinds(trials: Sequence[Trial], tuning: Tuning) -> dict[int, str]:
     return {**kinds, **worth, **({} if best is None else {best.number: "best"})}
 
 
-def _plots(trials: Sequence[Trial], tuning: Tuning) -> list[Scatter]:
+def _plots(trials: Sequence[Trial], kinds: Mapping[int, str], tuning: Tuning) -> list[Scatter]:
     gate = tuning.constraint
     limit = gate.max if gate is not None and gate.metric == "kl" else None
     loss = [each.kl for each in trials]
     y = axis_of([*loss, *([limit] if limit and limit <= 3 * max(loss) else [])], "KL, nats per token", _plain)
     size = axis_of([each.bytes / 1e6 for each in trials], "size, MB", _plain)
     speed = axis_of([each.tokens_per_second for each in trials], "tokens/s, one sequence", _plain)
-    return [
-        scatter(size, y, [(each.bytes / 1e6, each.kl, each) for each in trials], limit=limit),
-        scatter(speed, y, [(each.tokens_per_second, each.kl, each) for each in trials], limit=limit),
-    ]
+    marks = [_mark(each, kinds[each.number]) for each in trials]
+    each_size = [(each.bytes / 1e6, each.kl, mark) for each, mark in zip(trials, marks, strict=True)]
+    each_speed = [(each.tokens_per_second, each.kl, mark) for each, mark in zip(trials, marks, strict=True)]
+    return [scatter(size, y, each_size, limit=limit), scatter(speed, y, each_speed, limit=limit)]
+
+
+def _mark(trial: Trial, kind: str) -> Mark:
+    measured = f"{megabytes(trial.bytes)}, KL {nats(trial.kl)}, {trial.tokens_per_second:.0f} tokens/s"
+    return Mark(_COLOURS[kind], str(trial.number), f"trial {trial.number}: {measured}")
 
 
 def _plain(value: float) -> str:

@@ -5,7 +5,7 @@ import json
 import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,14 @@ class Peer:
         script: What runs it, beside this file. It imports nothing of llmopt, which its environment does not have.
         install: Requirements, installed with what they need.
         alone: Requirements installed afterwards without what they need, because that contradicts ``install``.
+        environment: Variables that it needs.
     """
 
     title: str
     script: str
     install: tuple[str, ...]
     alone: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 _GPTQMODEL_NEEDS = (
@@ -64,6 +66,7 @@ PEERS: Mapping[str, Peer] = {
         "run_gptqmodel.py",
         (_TORCH, *_GPTQMODEL_NEEDS),
         alone=("gptqmodel==7.7.0",),  # asks for torch 2.14.1
+        environment={"GPTQMODEL_CPU_WORKERS": "2"},  # on two cores it starts one and then asks for two
     ),
     "llmcompressor": Peer("llm-compressor 0.14.0.1", "run_llmcompressor.py", (_TORCH, "llmcompressor==0.14.0.1")),
     "nncf": Peer(
@@ -128,6 +131,7 @@ def run_peer(
         "PYTHONPATH": "",
         "PYTHONSAFEPATH": "1",
         "CUDA_VISIBLE_DEVICES": "",
+        **PEERS[name].environment,
     }
     log = output.with_name(f"{output.name}-{hashlib.sha256(json.dumps(arguments).encode()).hexdigest()[:8]}.log")
     return run([str(python), str(script), json.dumps(arguments)], log=log, environment=environment)

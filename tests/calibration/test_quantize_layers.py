@@ -1,5 +1,6 @@
 """Going through the layers: what each stage sees, and what a build that was killed leaves for the next."""
 
+import gc
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -153,3 +154,27 @@ def test_experts_are_stages_of_their_own_rows(family_of, context, tmp_path: Path
     assert quantize.stages[2:4] == [tuple(e[:2] for e in mlp.experts), tuple(e[2:] for e in mlp.experts)]
     assert mlp.experts[0][0] not in quantize.exact
     assert sum(reached) == IDS.numel() * mlp.top_k
+
+
+def live_bytes() -> int:
+    """Of all tensors that Python can reach."""
+    gc.collect()
+    tensors = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor) and not each.is_meta]
+    return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}.values())
+
+
+def test_a_layer_s_memory_is_given_back_before_the_next(pair_of, context) -> None:
+    model = pair_of(num_hidden_layers=8)[0]
+    live: dict[int, list[int]] = {}
+
+    def halve(stage):
+        rows = []
+        stage.observe_both(lambda module, working, exact: rows.append((working, exact)))
+        live.setdefault(stage.index, []).append(live_bytes())
+        return halved(model, [module for readers in stage.readers for module in readers]), {}
+
+    quantize_layers(model, Plan(modules=model.linears()[:-1], twin=True), context, halve)
+    of_layer = 4 * sum(model.weights[name].load().numel() for name in model.weights if ".layers.1." in name)
+    assert len(live) == 8
+    # Layer by layer the same: what is left of one that is done would be a good part of its weights.
+    assert all(abs(max(each) - max(live[1])) < 0.05 * of_layer for index, each in live.items() if index)

@@ -206,6 +206,15 @@ def test_what_users_named_is_escaped(manifest, tmp_path):
     assert "less &lt;than&gt; asked" in html
 
 
+def test_what_auto_bits_chose_among_is_plotted(manifest):
+    table = [{"bits": 4.5, "kl": 0.25, "shares": {"W4A16 g32": 1.0}, "chosen": True}]
+    record = PassRecord(name="auto_bits", options={}, changed=True, details={"pareto": table})
+    text = page(manifest.model_copy(update={"passes": [record]}))
+    assert "What auto_bits chose among" in text
+    assert text.count("<circle") == 1
+    assert "What auto_bits chose among" not in page(manifest)
+
+
 def test_the_page_loads_nothing(manifest, tmp_path):
     write_report(manifest, tmp_path)
     html = (tmp_path / "report.html").read_text()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from llmopt.evaluation.scatter import axis_of, scatter
+from llmopt.evaluation.scatter import Mark, axis_of, scatter
 
 
 @pytest.mark.parametrize("values", [[1, 2, 3], [5], [0, 0], [0.0], [99.5, 100], [1e-4, 2], [-3, 4], [1e9, 1.5e9]])
@@ -23,13 +23,13 @@ def test_values_far_apart_get_powers_of_ten() -> None:
 
 def test_larger_values_are_further_right_and_up() -> None:
     x, y = axis_of([1, 3], "x", str), axis_of([10, 30], "y", str)
-    plot = scatter(x, y, [(1, 10, "a"), (2, 20, "b"), (3, 30, "c")], limit=20)
+    plot = scatter(x, y, [(each, 10 * each, Mark("c0", str(each), "")) for each in (1, 2, 3)], limit=20)
     (ax, ay, _), (bx, by, _), (cx, cy, what) = plot.points
     assert ax < bx < cx <= plot.right
     assert ay > by > cy >= plot.top
     assert bx == pytest.approx((ax + cx) / 2, abs=0.1)  # positions are rounded to tenths
     assert plot.limit == by
-    assert what == "c"
+    assert what.label == "3"
 
 
 def test_a_limit_outside_of_the_plot_is_not_drawn() -> None:
