@@ -39,13 +39,16 @@ def llmopt_command() -> str:
     return str(Path(sys.executable).with_name("llmopt"))
 
 
-def run(command: Sequence[str], *, log: Path, environment: Mapping[str, str] | None = None) -> Finished:
+def run(
+    command: Sequence[str], *, log: Path, environment: Mapping[str, str] | None = None, directory: Path | None = None
+) -> Finished:
     """Run ``command`` to its end; what it says on standard error goes to ``log``.
 
     Args:
         command: Program and arguments.
         log: Overwritten.
         environment: Variables added to this process's own.
+        directory: Where it runs; None for where this process does.
 
     Raises:
         ChildError: It ended with an error; the message holds the end of the log.
@@ -59,6 +62,7 @@ def run(command: Sequence[str], *, log: Path, environment: Mapping[str, str] | N
             stdin=subprocess.DEVNULL,
             stdout=stdout,
             stderr=stderr,
+            cwd=directory,
             env={**os.environ, **(environment or {})},
         )
         try:

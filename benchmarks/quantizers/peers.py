@@ -134,4 +134,6 @@ def run_peer(
         **PEERS[name].environment,
     }
     log = output.with_name(f"{output.name}-{hashlib.sha256(json.dumps(arguments).encode()).hexdigest()[:8]}.log")
-    return run([str(python), str(script), json.dumps(arguments)], log=log, environment=environment)
+    command = [str(python), str(script.absolute()), json.dumps(arguments)]
+    # GPTQModel writes a folder with logs to where it runs.
+    return run(command, log=log, environment=environment, directory=output.parent)
