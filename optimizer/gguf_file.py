@@ -17,7 +17,12 @@ from llmopt.optimizer.errors import InputError, UnsupportedError
 from llmopt.optimizer.gguf_header import Header, TensorEntry
 from llmopt.optimizer.model import DenseWeight
 
-__all__ = ["architecture", "open_weights", "rope_parameters"]
+__all__ = ["architecture", "check_scale", "open_weights", "rope_parameters"]
+
+_SCORES = "query_pre_attn_scalar"
+
+_WHOLE = "full_attention"
+"""Layers without a window, where the two kinds have ropes of their own."""
 
 # Frequency factors of Llama 3.1 and later; their config.json says where they come from, GGUF stores only the result.
 _ROPE_FACTORS = "rope_freqs.weight"
@@ -45,6 +50,19 @@ def architecture(header: Header, path: Path) -> str:
             hint="take a file in F16, BF16, Q8_0 or a K-quant",
         )
     return name
+
+
+def check_scale(path: Path, arch: Arch, config: Mapping[str, Any]) -> None:
+    """Raise ``UnsupportedError`` where the scale of the scores is not ``1 / sqrt(head_dim)``, which no file says.
+
+    Of Gemma 3, the model of 27 billion parameters is such a one; its heads have another size than those of all others.
+    """
+    scale = arch.attention.scale
+    if scale is not None and scale.name == _SCORES and config["head_dim"] != config[_SCORES]:
+        raise UnsupportedError(
+            f"{path}: heads of {config['head_dim']} columns need {_SCORES}, which a GGUF file does not store",
+            hint="take the checkpoint with its config.json",
+        )
 
 
 def open_weights(
@@ -77,7 +95,8 @@ def open_weights(
     for ours, theirs in names.items():
         entry = header.tensors[theirs]
         count = next((heads[module] for module in heads if f".{module}." in ours), 0)
-        weights[ours] = DenseWeight(entry.shape, torch.float32, _Tensor(path, entry, count))
+        added = arch.norm_offset if ours.endswith("norm.weight") else 0.0
+        weights[ours] = DenseWeight(entry.shape, torch.float32, _Tensor(path, entry, count, added))
     return weights
 
 
@@ -91,7 +110,10 @@ def rope_parameters(path: Path, header: Header, config: Mapping[str, Any]) -> di
     prefix = f"{header.metadata['general.architecture']}.rope.scaling"
     scaling = header.metadata.get(f"{prefix}.type", "none")
     if scaling == "linear":
-        return {**parameters, "rope_type": "linear", "factor": float(header.metadata[f"{prefix}.factor"])}
+        linear = {"rope_type": "linear", "factor": float(header.metadata[f"{prefix}.factor"])}
+        if _WHOLE in parameters:  # layers with a window have a rope of their own, which is not scaled
+            return {**parameters, _WHOLE: {**parameters[_WHOLE], **linear}}
+        return {**parameters, **linear}
     if scaling != "none":
         raise UnsupportedError(f"{path}: rope scaling {scaling} cannot be read from a GGUF file")
     if _ROPE_FACTORS not in header.tensors:
@@ -158,11 +180,13 @@ class _Tensor:
         path: The file.
         entry: Where it lies.
         interleaved_heads: When not 0, the two halves of each head's rows alternate in the file, and are put apart.
+        added: What the file's numbers have more than the checkpoint's: norms have their offset added there.
     """
 
     path: Path
     entry: TensorEntry
     interleaved_heads: int = 0
+    added: float = 0.0
 
     def __call__(self) -> Tensor:
         tensor = self._dequantized(0, self.entry.shape)
@@ -184,4 +208,5 @@ class _Tensor:
         packed_shape = (*shape[:-1], shape[-1] // block * size)
         # Copy-on-write, because torch warns of arrays it could not write to.
         packed = np.memmap(self.path, np.uint8, "c", self.entry.offset + first * row, packed_shape)
-        return torch.from_numpy(gguf.dequantize(np.asarray(packed), self.entry.kind))
+        values = torch.from_numpy(gguf.dequantize(np.asarray(packed), self.entry.kind))
+        return values - self.added if self.added else values

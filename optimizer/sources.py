@@ -126,6 +126,7 @@ def _load_gguf(path: Path, cache: Path) -> _Loaded:
     raw = {**read_json(converted / "config.json"), "architectures": [next(iter(arch.models))]}
     check_given(raw)
     config = complete(raw, arch, path)
+    gguf_file.check_scale(path, arch, config)
     config["rope_parameters"] = gguf_file.rope_parameters(path, header, config)
     check_completed(config, arch, ())
     shapes = weight_shapes(expected_parameters(config, arch, path))

@@ -74,18 +74,25 @@ def write_gguf(tmp_path: Path) -> GgufWriter:
         writer.add_head_count(config["num_attention_heads"])
         writer.add_head_count_kv(config["num_key_value_heads"])
         writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-        writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+        rope = config["rope_parameters"]
+        writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
+        if arch == "gemma3":
+            writer.add_key_length(config["head_dim"])
+            writer.add_sliding_window(config["sliding_window"])
         writer.add_rope_dimension_count(config["head_dim"])
         writer.add_vocab_size(config["vocab_size"])
         add_tokenizer(writer, directory)
         values(writer)
-        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+        kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+        names = gguf.get_tensor_name_map(kinds.get(arch, gguf.MODEL_ARCH.LLAMA), config["num_hidden_layers"])
         for name, tensor in load_file(directory / "model.safetensors").items():
             theirs = names.get_name(name, try_suffixes=(".weight",))
             stored = tensor
-            if "q_proj" in name:
+            if arch == "gemma3" and name.endswith("norm.weight"):
+                stored = tensor + 1
+            if arch == "llama" and "q_proj" in name:
                 stored = interleaved(tensor, config["num_attention_heads"])
-            if "k_proj" in name:
+            if arch == "llama" and "k_proj" in name:
                 stored = interleaved(tensor, config["num_key_value_heads"])
             if theirs in skip:
                 continue

@@ -1,6 +1,7 @@
 """GGUF as a source: the same model as the checkpoint it was written from."""
 
 import json
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -196,6 +197,47 @@ def test_linear_scaling_is_taken_over_and_others_are_refused(
         load_model(str(write_gguf(tiny_llama, values=scale(gguf.RopeScalingType.YARN))), cache=tmp_path)
 
 
+def test_gemma_3_has_an_offset_in_its_norms_and_two_ropes(
+    family_of: Callable[[str], Path], write_gguf: GgufWriter, tmp_path: Path
+) -> None:
+    def scale(writer: gguf.GGUFWriter) -> None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(8.0)
+
+    directory = gemma_of(family_of, tmp_path, head_dim=256)
+    model = load_model(str(write_gguf(directory, arch="gemma3", values=scale)), cache=tmp_path)
+    original = load_model(str(directory), cache=tmp_path)
+    assert model.weights.keys() == original.weights.keys()
+    for name, weight in model.weights.items():
+        # Adding one and taking it away rounds twice.
+        torch.testing.assert_close(weight.load(), original.weights[name].load(), rtol=0, atol=2.4e-7)
+    assert model.config["rope_parameters"] == original.config["rope_parameters"]
+    assert model.config["sliding_window"] == original.config["sliding_window"]
+
+
+def test_heads_whose_scale_the_file_does_not_store_are_refused(
+    family_of: Callable[[str], Path], write_gguf: GgufWriter, tmp_path: Path
+) -> None:
+    with pytest.raises(UnsupportedError, match="heads of 16 columns need query_pre_attn_scalar"):
+        load_model(str(write_gguf(family_of("gemma3"), arch="gemma3")), cache=tmp_path)
+
+
+def gemma_of(family_of: Callable[[str], Path], folder: Path, *, head_dim: int) -> Path:
+    """The tiny Gemma 3 with heads of another size."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    directory = folder / "gemma"
+    shutil.copytree(family_of("gemma3"), directory)
+    config = AutoConfig.from_pretrained(directory)
+    config.head_dim = config.query_pre_attn_scalar = head_dim
+    network = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.normal_(std=0.2)
+    network.save_pretrained(directory)
+    return directory
+
+
 def test_a_truncated_file_is_refused_at_every_length(tiny_llama: Path, write_gguf: GgufWriter, tmp_path: Path) -> None:
     whole = write_gguf(tiny_llama).read_bytes()
     path = tmp_path / "cut.gguf"
@@ -238,7 +280,7 @@ def test_an_unknown_version_is_named(tmp_path: Path) -> None:
 def test_an_unknown_architecture_is_named(tiny_llama: Path, write_gguf: GgufWriter, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="GGUF architecture lama is not supported") as caught:
         load_model(str(write_gguf(tiny_llama, arch="lama")), cache=tmp_path)
-    assert caught.value.hint == "supported: llama; other families are read from safetensors checkpoints"
+    assert caught.value.hint == "supported: gemma3, llama; other families are read from safetensors checkpoints"
 
 
 def test_missing_tensors_are_named(tiny_llama: Path, write_gguf: GgufWriter, tmp_path: Path) -> None:
