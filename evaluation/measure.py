@@ -15,7 +15,7 @@ from llmopt.optimizer.model import Model
 from llmopt.optimizer.tokens import Tokens
 from llmopt.runtime.backends.base import Backend
 
-__all__ = ["compare", "measure"]
+__all__ = ["compare", "measure", "measure_model"]
 
 _ROWS = 128
 """Positions whose logits are in memory at a time: with a vocabulary of 150,000, 77 MB a side."""
@@ -60,6 +60,47 @@ def measure(
     found: list[Measurement] = []
     for text, hidden in zip(texts, states, strict=True):
         found += _as_measurements(text, compare(reference, hidden, backend, text.ids, progress=step))
+    return found
+
+
+def measure_model(
+    source: Model,
+    model: Model,
+    texts: Sequence[Tokens],
+    *,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Measurement]:
+    """The same of a model that no engine was made of: both are run in float32, one layer in memory at a time.
+
+    Args:
+        source: The source model.
+        model: What became of it.
+        texts: What to measure on.
+        threads: PyTorch threads; None keeps the process's number.
+        progress: Called with (finished, total) layers.
+
+    Returns:
+        As ``measure``.
+    """
+    steps = iter(range(1, 2 * len(texts) * model.num_layers + 1))
+    total = 2 * len(texts) * model.num_layers
+
+    def step(*_: int) -> None:
+        progress(next(steps), total)
+
+    references = [Reference(each, threads=threads) for each in (source, model)]
+    found: list[Measurement] = []
+    for text in texts:
+        states = [each.hidden_states(text.ids, progress=step) for each in references]
+        distance = Distance()
+        for ids, *rows in zip(text.ids, *states, strict=True):
+            for first in range(0, len(ids), _ROWS):
+                before, behind = (
+                    each.head(row[first : first + _ROWS]) for each, row in zip(references, rows, strict=True)
+                )
+                distance.add(before, behind, ids[first + 1 : first + _ROWS + 1])
+        found += _as_measurements(text, distance)
     return found
 
 

@@ -83,6 +83,7 @@ def page(manifest: Manifest, record: Mapping[str, Any] | None = None) -> str:
                 for record in manifest.passes
                 if "coverage" in record.details
             ],
+            "checkpoints": manifest.checkpoints,
             "choices": [
                 {"name": record.name, "made": choices_of(record.details["pareto"])}
                 for record in manifest.passes

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from llmopt.evaluation.speed import Plan, measure_speed
 from llmopt.evaluation.study import Study, open_study
 from llmopt.optimizer.build import build
-from llmopt.optimizer.errors import LlmoptError, Problem, RecipeError, ResourceError
+from llmopt.optimizer.errors import InputError, LlmoptError, Problem, RecipeError, ResourceError
 from llmopt.optimizer.manifest import GateResult, Manifest
 from llmopt.optimizer.progress import Progress
 from llmopt.optimizer.recipe import Recipe
@@ -128,10 +128,16 @@ def tune(search: Search, progress: Progress) -> list[Trial]:
 
     Raises:
         MissingExtraError: optuna is not installed.
-        InputError: The output directory holds something else, or the study of another search.
+        InputError: The output directory holds something else, or the study of another search; or the recipe makes no
+            engine.
         ResourceError: Memory, disk or time ran out; a later run continues.
     """
     recipe = Recipe.load(search.recipe, search.overrides)
+    if not any(item.instance.targets() for item in recipe.export):
+        raise InputError(
+            f"{search.recipe} exports no engine, and a search measures the size and speed of one",
+            hint="add onnx to its export",
+        )
     identity = {
         "recipe": Recipe.written(search.recipe, search.overrides) | {"tune": None},
         "tune": search.tuning.model_dump(mode="json", exclude={"trials"}),

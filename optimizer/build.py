@@ -18,6 +18,7 @@ from llmopt.optimizer.errors import InputError, ResourceError
 from llmopt.optimizer.gates import Gate
 from llmopt.optimizer.manifest import (
     MANIFEST_NAME,
+    Checkpoint,
     Engine,
     FileEntry,
     Manifest,
@@ -91,7 +92,7 @@ def build(
                 verifier=verify_same_function,
             )
         with record.step("export"):
-            engines, graph_passes = _export(recipe, model, directory, progress)
+            engines, checkpoints, graph_passes = _export(recipe, model, directory, progress)
             _copy_tokenizer(model, directory)
         with record.step("measure"):
             measurements, verdict = _measure(recipe, source, model, engines, texts, directory, progress)
@@ -107,6 +108,7 @@ def build(
             passes=passes,
             graph_passes=graph_passes,
             engines=engines,
+            checkpoints=checkpoints,
             measurements=measurements,
             verdict=verdict,
         )
@@ -167,8 +169,11 @@ def _check_gates(gates: Sequence[Gate], longest: int | None) -> None:
 
 def _export(
     recipe: Recipe, model: Model, directory: Path, progress: Progress
-) -> tuple[list[Engine], dict[str, list[PassRecord]]]:
-    engines, records = [], {}
+) -> tuple[list[Engine], list[Checkpoint], dict[str, list[PassRecord]]]:
+    """What was written, and what each graph pass did by the engine's path."""
+    engines: list[Engine] = []
+    checkpoints: list[Checkpoint] = []
+    records: dict[str, list[PassRecord]] = {}
     for item in recipe.export:
         with progress.step(f"export {item.name}") as tick:
             context = PassContext(
@@ -178,10 +183,13 @@ def _export(
                 threads=recipe.resources.thread_count,
                 progress=tick,
             )
-            engine, graph_records = item.instance.export(model, directory, context)
-        engines.append(engine)
-        records[engine.path] = graph_records
-    return engines, records
+            written, graph_records = item.instance.export(model, directory, context)
+        if isinstance(written, Checkpoint):
+            checkpoints.append(written)
+        else:
+            engines.append(written)
+            records[written.path] = graph_records
+    return engines, checkpoints, records
 
 
 def _copy_tokenizer(model: Model, directory: Path) -> None:
@@ -229,17 +237,22 @@ def _measure(
     directory: Path,
     progress: Progress,
 ) -> tuple[list[Measurement], Verdict]:
-    """Measure the engine against the source model on the gates' texts, and judge it.
+    """Measure the engine against the source model on the gates' texts, and judge it; without one, the model as it is
+    behind the passes, which is what a checkpoint holds.
 
     A recipe without gates is measured on text sampled from the model, so that no build goes unmeasured.
     """
     from llmopt.evaluation.gates import judge
-    from llmopt.evaluation.measure import measure
+    from llmopt.evaluation.measure import measure, measure_model
+
+    threads = recipe.resources.thread_count
+    if not engines:
+        with progress.step("measure") as tick:
+            found = measure_model(source, model, texts, threads=threads, progress=tick) if texts else []
+        return found, judge(recipe.accept, found)
     from llmopt.runtime.backends.onnxruntime import open_backend
 
-    if not engines:
-        return [], judge(recipe.accept, [])
-    threads, packed = recipe.resources.thread_count, _may_pack(recipe, model, directory)
+    packed = _may_pack(recipe, model, directory)
     if not packed:
         progress.note("measuring with the weights as they lie in the file, since a packed copy exceeds max_ram_gb")
     if not texts:

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, get_args
 
 from pydantic import BaseModel, ConfigDict
 
@@ -15,11 +15,15 @@ from llmopt.optimizer.target import Target
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from llmopt.optimizer.manifest import Engine, PassRecord
+    from llmopt.optimizer.manifest import Checkpoint, Engine, PassRecord
     from llmopt.optimizer.model import Model, Weight
     from llmopt.optimizer.tokens import Tokens
 
-__all__ = ["CalibrationText", "Exporter", "GraphPass", "PassContext", "QuantPass", "WeightPass"]
+__all__ = ["CalibrationText", "Exporter", "Feature", "GraphPass", "PassContext", "QuantPass", "WeightPass"]
+
+
+Feature = Literal["an online rotation", "an int8 cache"]
+"""What a pass may add to a model that not everything an exporter writes has a place for."""
 
 
 class CalibrationText(Protocol):
@@ -93,6 +97,11 @@ class WeightPass(_Options):
     needs_calibration: ClassVar[bool] = False
     """Whether the pass looks at text; its result then depends on that text too."""
 
+    @property
+    def adds(self) -> frozenset[Feature]:
+        """What the model has afterwards that not every exporter can write."""
+        return frozenset()
+
     def requires(self, model: "Model") -> None:
         """Raise ``PassError`` when ``model`` cannot be given to this pass. Cheap: no tensor is read."""
 
@@ -127,6 +136,9 @@ class GraphPass(_Options):
 class Exporter(_Options):
     """Writes an engine or a checkpoint."""
 
+    holds: ClassVar[frozenset[Feature]] = frozenset(get_args(Feature))
+    """What it can write of a model beside its weights."""
+
     @abstractmethod
     def check(self, model: "Model") -> None:
         """Raise ``UnsupportedError`` or ``PassError`` when ``model`` cannot be exported. Cheap."""
@@ -134,6 +146,23 @@ class Exporter(_Options):
     @abstractmethod
     def targets(self) -> list[Target]:
         """What executes the result; empty for checkpoints."""
+
+    def refusal(
+        self,
+        scheme: Scheme,
+        *,
+        experts: bool = False,
+        shape: tuple[int, ...] | None = None,  # noqa: ARG002 - for those that care
+    ) -> str | None:
+        """Why the result cannot have ``scheme`` in a linear, or in the experts of a mixture; None when it can.
+
+        Args:
+            scheme: Of the linear.
+            experts: Whether it is an expert.
+            shape: Its weight's; None before a model is known.
+        """
+        reasons = (target.refusal(scheme, experts=experts) for target in self.targets())
+        return next((reason for reason in reasons if reason is not None), None)
 
     def longest(self, model: "Model") -> int | None:  # noqa: ARG002 - for those that have an engine
         """Tokens of the longest sequence the engine takes; None where there is no engine."""
@@ -144,5 +173,7 @@ class Exporter(_Options):
         """Bytes the files will take, nearly; asked before any work, to find a disk that is too full."""
 
     @abstractmethod
-    def export(self, model: "Model", directory: Path, context: PassContext) -> "tuple[Engine, list[PassRecord]]":
-        """Write the engine below ``directory`` and describe it, with a record per graph pass."""
+    def export(
+        self, model: "Model", directory: Path, context: PassContext
+    ) -> "tuple[Engine | Checkpoint, list[PassRecord]]":
+        """Write the engine or checkpoint below ``directory`` and describe it, with a record per graph pass."""

@@ -16,6 +16,7 @@ __all__ = [
     "MANIFEST_NAME",
     "SCHEMA",
     "CalibrationEntry",
+    "Checkpoint",
     "Engine",
     "FileEntry",
     "GateResult",
@@ -63,6 +64,15 @@ class Engine(_Entry):
     max_chunk: int = Field(description="Most tokens in one prefill call.")
     min_chunk: int = Field(description="Fewest tokens in a prefill call that keep results bit-exact.")
     features: list[str] = []
+
+
+class Checkpoint(_Entry):
+    """A checkpoint that other programs load."""
+
+    path: str = Field(description="Of its folder, relative to the build directory.")
+    format: str = Field(description="As the recipe calls it.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(description="Of weights in float and of scales.")
+    notes: list[str] = Field([], description="What is not as the passes left it.")
 
 
 class PassRecord(_Entry):
@@ -158,6 +168,7 @@ class Manifest(_Entry):
     passes: list[PassRecord]
     graph_passes: dict[str, list[PassRecord]] = {}
     engines: list[Engine]
+    checkpoints: list[Checkpoint] = []
     measurements: list[Measurement] = []
     verdict: Verdict
     files: dict[str, FileEntry] = {}

@@ -17,24 +17,28 @@ def check_model(recipe: Recipe, model: Model) -> None:
     """
     for step in recipe.passes[:1]:
         step.instance.requires(model)
-    _check_experts(recipe, model)
+    _check_modules(recipe, model)
     for item in recipe.export:
         item.instance.check(model)
 
 
-def _check_experts(recipe: Recipe, model: Model) -> None:
-    """Experts run fewer schemes than linears do, and only the model shows which modules an override means."""
-    targets = [target for item in recipe.export for target in item.instance.targets()]
+def _check_modules(recipe: Recipe, model: Model) -> None:
+    """Experts run fewer schemes than linears do, some schemes need certain widths, and only the model shows them."""
     experts = model.decoder.expert_linears
     for i, step in enumerate(recipe.passes):
         if not isinstance(step.instance, QuantPass):
             continue
         schemes, deciding = step.instance.schemes(), step.instance.deciding(model)
-        for module in deciding:
-            scheme = schemes.get(deciding[module]) if module in experts else None
-            reasons = [] if scheme is None else [target.refusal(scheme, experts=True) for target in targets]
-            for reason in filter(None, reasons):
-                raise UnsupportedError(
-                    f"passes.{i}.{step.name}.{deciding[module]}: {module} is an expert: {reason}",
-                    hint="leave experts out of that override, and the option experts decides about them",
-                )
+        for module, option in deciding.items():
+            if option not in schemes:
+                continue
+            shape, is_expert = model.weights[model.weight_of(module)].shape, module in experts
+            for item in recipe.export:
+                reason = item.instance.refusal(schemes[option], experts=is_expert, shape=shape)
+                if reason is not None:
+                    what = f"{module} is an expert" if is_expert else module
+                    hint = "leave experts out of that override, and the option experts decides about them"
+                    raise UnsupportedError(
+                        f"passes.{i}.{step.name}.{option}: {what}: {reason}",
+                        hint=hint if is_expert else "give this module another scheme with overrides",
+                    )

@@ -4,12 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from llmopt.optimizer.calibration import is_dataset
-from llmopt.optimizer.contracts import QuantPass
+from llmopt.optimizer.contracts import Exporter, QuantPass
 from llmopt.optimizer.recipe import NamedExporter, NamedPass, Recipe, Settings
 from llmopt.optimizer.recipe_errors import shown, validated
 from llmopt.optimizer.recipe_steps import LISTS, Step, steps
 from llmopt.optimizer.recipe_text import Document, Keys, dotted
-from llmopt.optimizer.target import Target
 
 __all__ = ["checked"]
 
@@ -32,7 +31,6 @@ def checked(document: Document, base: Path) -> Recipe | None:
     passes, export = steps(document, "passes"), steps(document, "export")
     _check_quantizers(document, passes, export)
     _check_exports(document, export)
-    _check_gates(document, export)
     _check_files(document, base)
     if settings is None or document.problems:
         return None
@@ -45,21 +43,32 @@ def checked(document: Document, base: Path) -> Recipe | None:
 
 
 def _check_quantizers(document: Document, passes: list[Step], export: list[Step]) -> None:
-    """One quantizing pass at most, and every scheme of it must run on every target."""
+    """One quantizing pass at most, and everything that is exported must have a place for what passes make."""
     quantizers = [each for each in passes if issubclass(each.kind, QuantPass)]
     for each in quantizers[1:]:
         what = f"its linears are already quantized by {dotted(quantizers[0].path)}"
         hint = "keep one of them, and give some modules another scheme with its overrides"
         document.problems.append(document.problem(each.path, what, hint, at_key=True))
-    targets = {target.name: target for each in export if each.instance for target in each.instance.targets()}
+    exporters = [each for each in export if each.instance]
     for each in quantizers:
-        for target in targets.values():
+        for exporter in exporters:
             if each.instance:
-                _check_schemes(document, each.path, each.instance, target)
+                _check_schemes(document, each.path, each.instance, exporter.instance)
+    for each in passes:
+        for exporter in exporters:
+            if each.instance:
+                _check_features(document, each, exporter)
 
 
-def _check_schemes(document: Document, path: Keys, quantizer: QuantPass, target: Target) -> None:
-    """Report each scheme that ``target`` cannot run, at the option that names it.
+def _check_features(document: Document, step: Step, exporter: Step) -> None:
+    """Report what a pass adds to a model and an exporter cannot write."""
+    for feature in sorted(step.instance.adds - exporter.instance.holds):
+        what = f"it makes {feature}, which {exporter.name} has no place for"
+        document.problems.append(document.problem(step.path, what, f"leave it out, or {dotted(exporter.path)}"))
+
+
+def _check_schemes(document: Document, path: Keys, quantizer: QuantPass, exporter: Exporter) -> None:
+    """Report each scheme that what ``exporter`` writes cannot have, at the option that names it.
 
     A scheme that no option names, such as a head's that follows from another option, is reported only when it is the
     only one that is wrong: else it is wrong for the same reason.
@@ -67,8 +76,10 @@ def _check_schemes(document: Document, path: Keys, quantizer: QuantPass, target:
     refused = {
         path + tuple(int(part) if part.isdigit() else part for part in option.split(".")): reason
         for option, scheme in quantizer.schemes().items()
-        if (reason := target.refusal(scheme, experts=option == "experts")) is not None
+        if (reason := exporter.refusal(scheme, experts=option == "experts")) is not None
     }
+    if (*path, "experts") not in document.places:  # most models have none; model_check looks
+        refused.pop((*path, "experts"), None)
     written = {each: reason for each, reason in refused.items() if each in document.places}
     for each, reason in (written or refused).items():
         document.problems.append(document.problem(each, reason))
@@ -84,16 +95,6 @@ def _check_exports(document: Document, export: list[Step]) -> None:
             what = f"this kind is exported already, by {dotted(other.path)}"
             hint = "remove one: a build holds one export of each kind"
             document.problems.append(document.problem(each.path, what, hint, at_key=True))
-
-
-def _check_gates(document: Document, export: list[Step]) -> None:
-    """Gates are measured on an engine, so there has to be one."""
-    written = document.data.get("export", [])
-    makes_none = isinstance(written, list) and len(written) == len(export)
-    makes_none = makes_none and all(each.instance and not each.instance.targets() for each in export)
-    if document.data.get("accept") and makes_none:
-        what = "nothing can be measured, because no item of export makes an engine"
-        document.problems.append(document.problem(("accept",), what, "export an engine too, or remove the gates"))
 
 
 def _check_files(document: Document, base: Path) -> None:

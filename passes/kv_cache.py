@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from llmopt.calibration.reference import Reference
-from llmopt.optimizer.contracts import PassContext, WeightPass
+from llmopt.optimizer.contracts import Feature, PassContext, WeightPass
 from llmopt.optimizer.errors import PassError
 from llmopt.optimizer.model import DenseWeight, Model, Weight
 from llmopt.optimizer.tokens import Tokens
@@ -31,6 +31,11 @@ class KvCache(WeightPass):
     strategy: Literal["channel", "tensor"] = Field(
         "channel", description="What shares one scale: a channel of a KV head, or all keys, and all values, of a layer."
     )
+
+    @property
+    def adds(self) -> frozenset[Feature]:
+        """See ``WeightPass.adds``."""
+        return frozenset({"an int8 cache"})
 
     def requires(self, model: Model) -> None:
         """See ``WeightPass.requires``."""

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
-from llmopt.optimizer.contracts import PassContext, WeightPass
+from llmopt.optimizer.contracts import Feature, PassContext, WeightPass
 from llmopt.optimizer.decoder import Decoder, Experts, Layer, Norm
 from llmopt.optimizer.errors import PassError
 from llmopt.optimizer.model import DenseWeight, Model, Weight
@@ -54,6 +54,11 @@ class Rotate(WeightPass):
     online: Online | None = Field(
         None, description="What is rotated while the engine runs, at the cost of a small matrix multiplication each."
     )
+
+    @property
+    def adds(self) -> frozenset[Feature]:
+        """See ``WeightPass.adds``."""
+        return frozenset({"an online rotation"} if self.online is not None else ())
 
     def requires(self, model: Model) -> None:
         """See ``WeightPass.requires``."""

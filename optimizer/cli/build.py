@@ -65,10 +65,19 @@ def _show(manifest: "Manifest", output: Path) -> None:
     if manifest.verdict.gates:
         console.print(gates_table(manifest.verdict))
     console.print(_peak_memory(output), soft_wrap=True)
-    size = sum(entry.bytes for name, entry in manifest.files.items() if name.startswith("engine/"))
-    console.print(f"{output}: {size / 1e6:.1f} MB, {manifest.verdict.status}", soft_wrap=True)
-    if manifest.verdict.status != "rejected":
+    for checkpoint in manifest.checkpoints:
+        for note in checkpoint.notes:
+            console.print(f"{checkpoint.path}: {note}", soft_wrap=True)
+        size = _megabytes(manifest, f"{checkpoint.path}/")
+        console.print(f"{output / checkpoint.path}: {size}, {checkpoint.format}, {checkpoint.dtype}", soft_wrap=True)
+    size = f"{_megabytes(manifest, 'engine/')}, " if manifest.engines else ""
+    console.print(f"{output}: {size}{manifest.verdict.status}", soft_wrap=True)
+    if manifest.engines and manifest.verdict.status != "rejected":
         console.print(f"next: llmopt chat {output}", style="dim", soft_wrap=True)
+
+
+def _megabytes(manifest: "Manifest", prefix: str) -> str:
+    return f"{sum(entry.bytes for name, entry in manifest.files.items() if name.startswith(prefix)) / 1e6:.1f} MB"
 
 
 def _peak_memory(output: Path) -> str:

@@ -84,6 +84,10 @@ def _show(manifest: "Manifest", console: "Console", *, every_layer: bool) -> Non
             f"up to {engine.capacity} tokens",
             soft_wrap=True,
         )
+    for checkpoint in manifest.checkpoints:
+        console.print(f"files    {checkpoint.path}/: {checkpoint.format}, {checkpoint.dtype}", soft_wrap=True)
+        for note in checkpoint.notes:
+            console.print(f"         {note}", soft_wrap=True)
     if manifest.calibration is not None:
         console.print(f"text     {manifest.calibration.describe()}", soft_wrap=True)
     console.print()

@@ -70,3 +70,12 @@ def test_a_study_of_another_search_is_not_continued(search_of) -> None:
     tune(search_of(search={GROUPS: [32]}), Silent())
     with pytest.raises(InputError, match="holds a study of another recipe or search"):
         tune(search_of(), Silent())
+
+
+def test_a_recipe_that_makes_no_engine_is_refused(search_of) -> None:
+    search = search_of()
+    settings = json.loads(search.recipe.read_text())
+    search.recipe.write_text(json.dumps(settings | {"export": [{"checkpoint": {}}]}))
+    with pytest.raises(InputError, match="exports no engine"):
+        tune(search, Silent())
+    assert not search.output.exists()

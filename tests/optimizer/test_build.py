@@ -338,3 +338,39 @@ def test_the_memory_limit_ends_with_the_build(make) -> None:
     )
     assert seen == [64 * 10**9]
     assert resource.getrlimit(resource.RLIMIT_DATA) == before
+
+
+def test_a_checkpoint_alone_is_measured_and_judged(make, tmp_path: Path) -> None:
+    step = {"round_to_nearest": {"scheme": "W4A16", "group_size": 32}}
+    manifest = make(passes=[step], export=[{"checkpoint": {"dtype": "float16"}}])
+    (checkpoint,) = manifest.checkpoints
+    assert manifest.engines == []
+    assert manifest.verdict.status == "accepted"
+    assert [each.metric for each in manifest.measurements] == ["kl", "top1"]
+    assert (checkpoint.path, checkpoint.format, checkpoint.dtype) == ("checkpoint", "compressed-tensors", "float16")
+    assert {
+        "checkpoint/model.safetensors",
+        "checkpoint/config.json",
+        "checkpoint/tokenizer.json",
+    } <= manifest.files.keys()
+    config = json.loads((tmp_path / "out/it/checkpoint/config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+    assert "compressed-tensors" in (tmp_path / "out/it/report.html").read_text()
+
+
+def test_an_engine_and_a_checkpoint_come_from_one_build(make) -> None:
+    manifest = make(export=[{"onnx": {"target": "cpu"}}, {"checkpoint": {}}])
+    assert len(manifest.engines) == len(manifest.checkpoints) == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "why"),
+    [
+        ("qwen3_moe", {"scheme": "W4A16", "group_size": 16}, "is an expert: transformers keeps experts in one tensor"),
+        ("llama", {"scheme": "FP8_BLOCK"}, "takes whole blocks of 128x128 only, and this weight is 64x64"),
+    ],
+)
+def test_what_a_loader_could_not_take_is_refused_before_any_pass(model, options, why, make, family_of) -> None:
+    passes = [{"round_to_nearest": options}]
+    with pytest.raises(UnsupportedError, match=why):
+        make(model=str(family_of(model)), passes=passes, export=[{"checkpoint": {}}], during=fail(AssertionError()))

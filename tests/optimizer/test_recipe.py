@@ -393,9 +393,8 @@ def test_schemes_are_free_where_nothing_executes_the_result(plugins, load) -> No
     assert load(text).passes[0].instance.group_size == 24
 
 
-def test_gates_need_an_engine(plugins, mistakes) -> None:
-    (found,) = mistakes(f"{HEAD}export: [checkpoint]\naccept:\n  - {{metric: kl, max: 1}}\n")
-    assert found.startswith("r.yaml:4: accept: nothing can be measured, because no item of export makes an engine")
+def test_gates_need_no_engine(plugins, load) -> None:
+    assert load(f"{HEAD}export: [checkpoint]\naccept:\n  - {{metric: kl, max: 1}}\n").accept[0].max == 1
 
 
 @pytest.mark.parametrize("options", ["{target: cpu}", "{capacity: 64}", "{target: no such}"])
@@ -540,3 +539,20 @@ def test_definitions_of_two_passes_with_one_name_are_kept_apart(plugins, monkeyp
     found = list(jsonschema.Draft202012Validator(schema).iter_errors(YAML(typ="safe", pure=True).load(text)))
     assert len(found) == 1
     assert {"Override", "passes.merge.Override"} <= set(schema["$defs"])
+
+
+@pytest.mark.parametrize(
+    ("step", "feature"),
+    [("rotate: {online: {down_proj: 64}}", "an online rotation"), ("kv_cache", "an int8 cache")],
+)
+def test_what_a_checkpoint_has_no_place_for_is_refused_at_the_pass_that_makes_it(step, feature, mistakes) -> None:
+    (found,) = mistakes(f"{HEAD}passes:\n  - {step}\nexport:\n  - checkpoint: {{}}\n")
+    assert found.startswith(f"r.yaml:4: passes.0.{step.partition(':')[0]}: it makes {feature}, which checkpoint has no")
+
+
+def test_integers_beside_rounded_inputs_have_8_bits_in_a_checkpoint(mistakes) -> None:
+    scheme = (
+        "{weights: {num_bits: 4, strategy: channel}, input_activations: {num_bits: 8, strategy: token, dynamic: true}}"
+    )
+    (found,) = mistakes(f"{HEAD}passes:\n  - round_to_nearest: {{scheme: {scheme}}}\nexport: [checkpoint]\n")
+    assert "compressed-tensors stores integers beside rounded inputs as symmetric 8-bit numbers" in found

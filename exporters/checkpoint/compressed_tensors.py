@@ -1,0 +1,131 @@
+"""compressed-tensors: what llm-compressor writes, and vLLM and transformers load, for integers and FP8 alike.
+
+Layouts: the project's own ``compressors`` for pack-quantized, int-quantized and float-quantized, version 0.20.
+"""
+
+from collections.abc import Iterator
+from operator import mod
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from llmopt.exporters.checkpoint.bit_stream import packed
+from llmopt.exporters.checkpoint.shards import Part
+from llmopt.optimizer.model import Model, QuantWeight
+from llmopt.optimizer.scheme import QuantSpec, Scheme
+
+__all__ = ["linear_part", "quantization_config", "refusal"]
+
+_VERSION = "0.15.0"
+"""Of compressed-tensors that is needed at least."""
+
+_Format = Literal["pack-quantized", "int-quantized", "float-quantized"]
+
+
+def refusal(scheme: Scheme, shape: tuple[int, ...] | None = None) -> str | None:
+    """Why this format has no place for a scheme, in a weight of ``shape`` where that is known; None where it has."""
+    weights, inputs = scheme.weights, scheme.input_activations
+    if shape is not None and weights.block_structure is not None and any(map(mod, shape, weights.block_structure)):
+        blocks = "x".join(map(str, weights.block_structure))
+        return f"compressed-tensors takes whole blocks of {blocks} only, and this weight is {shape[0]}x{shape[1]}"
+    if weights.type == "float" or inputs is None:
+        return None
+    if weights.num_bits != 8 or not weights.symmetric:
+        return "compressed-tensors stores integers beside rounded inputs as symmetric 8-bit numbers"
+    return None
+
+
+def linear_part(module: str, weight: QuantWeight, dtype: torch.dtype) -> Part:
+    """A quantized linear's tensors: its integers as they are, its scales in ``dtype``.
+
+    ``weight_packed`` int32 ``[out, ceil(in * bits / 32)]`` holds ``values + 2 ** (bits - 1)`` as a stream of bits, and
+    ``weight_zero_point`` int32 ``[ceil(out * bits / 32), groups]`` the zero points packed along the rows. In the other
+    two formats ``weight`` is int8 or FP8 E4M3 ``[out, in]``. ``weight_scale`` is ``[out, groups]``, or ``[1]`` for a
+    tensor.
+    """
+    spec, (rows, columns) = weight.scheme.weights, weight.shape
+    form, scales = _format(weight.scheme), spec.scale_shape(rows, columns)
+    tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    if form == "pack-quantized":
+        tensors["weight_packed"] = torch.int32, (rows, -(-columns * spec.num_bits // 32))
+        tensors["weight_shape"] = torch.int64, (2,)
+    else:
+        tensors["weight"] = torch.int8 if form == "int-quantized" else torch.float8_e4m3fn, (rows, columns)
+    tensors["weight_scale"] = dtype, (1,) if spec.strategy == "tensor" else scales
+    if not spec.symmetric:
+        tensors["weight_zero_point"] = torch.int32, (-(-rows * spec.num_bits // 32), scales[1])
+    if weight.scheme.needs_input_scale:
+        tensors["input_scale"] = dtype, (1,)
+
+    def blocks() -> Iterator[Tensor]:
+        stored = weight.load()
+        if form == "pack-quantized":
+            yield packed(_unsigned(stored.values, spec.num_bits), spec.num_bits)
+            yield torch.tensor([rows, columns])
+        else:
+            yield stored.values
+        yield stored.scale.to(dtype)
+        if stored.zero is not None:
+            yield packed(_unsigned(stored.zero, spec.num_bits).T.contiguous(), spec.num_bits).T
+        if stored.input_scale is not None:
+            yield stored.input_scale.to(dtype)
+
+    return Part({f"{module}.{name}": entry for name, entry in tensors.items()}, blocks)
+
+
+def quantization_config(model: Model) -> dict[str, Any] | None:
+    """The entry of ``config.json``: modules by scheme, and by name all that stay in float; None where all do."""
+    groups: dict[Scheme, list[str]] = {}
+    ignored = [layer.mlp.router for layer in model.decoder.layers if hasattr(layer.mlp, "router")]
+    for module in model.linears():
+        weight = model.weights[model.weight_of(module)]
+        is_shared = module == model.arch.head and model.is_tied
+        if isinstance(weight, QuantWeight) and not is_shared:
+            groups.setdefault(weight.scheme, []).append(module)
+        else:
+            ignored.append(module)
+    if not groups:
+        return None
+    formats = {_format(scheme) for scheme in groups}
+    return {
+        "quant_method": "compressed-tensors",
+        "version": _VERSION,
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "global_compression_ratio": None,
+        "kv_cache_scheme": None,
+        "ignore": ignored,
+        "config_groups": {
+            f"group_{number}": _group(scheme, ["Linear"] if len(groups) == 1 else modules)
+            for number, (scheme, modules) in enumerate(groups.items())
+        },
+    }
+
+
+def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
+    inputs = scheme.input_activations
+    return {
+        "targets": targets,
+        "format": _format(scheme),
+        "weights": _arguments(scheme.weights),
+        "input_activations": None if inputs is None else _arguments(inputs),
+        "output_activations": None,
+    }
+
+
+def _arguments(spec: QuantSpec) -> dict[str, Any]:
+    """A spec in the words of compressed-tensors, which are ours and a few more."""
+    observer = None if spec.dynamic else "minmax"
+    return {**spec.model_dump(mode="json"), "actorder": None, "observer": observer, "observer_kwargs": {}}
+
+
+def _format(scheme: Scheme) -> _Format:
+    if scheme.weights.type == "float":
+        return "float-quantized"
+    return "pack-quantized" if scheme.input_activations is None else "int-quantized"
+
+
+def _unsigned(numbers: Tensor, bits: int) -> Tensor:
+    """int8 in ``-2^(bits-1) ..`` as uint8 in ``0 ..``."""
+    return (numbers.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)

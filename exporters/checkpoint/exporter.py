@@ -1,0 +1,165 @@
+"""A checkpoint that other programs load: quantized as the passes left it, to the bit, in a format of your choice."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from llmopt.exporters.checkpoint import compressed_tensors
+from llmopt.exporters.checkpoint.shards import Part, write_checkpoint_files
+from llmopt.optimizer.contracts import Exporter, Feature, PassContext
+from llmopt.optimizer.errors import UnsupportedError
+from llmopt.optimizer.manifest import Checkpoint as CheckpointEntry
+from llmopt.optimizer.manifest import PassRecord
+from llmopt.optimizer.model import DenseWeight, Model, QuantWeight
+from llmopt.optimizer.scheme import Scheme
+from llmopt.optimizer.target import Target
+
+__all__ = ["Checkpoint"]
+
+_FOLDER = "checkpoint"
+
+_Name = Literal["float32", "bfloat16", "float16"]
+
+_DTYPES: Mapping[_Name, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Checkpoint(Exporter):
+    """Write ``checkpoint/``: safetensors, ``config.json`` and the tokenizer's files.
+
+    Integers, zero points and FP8 numbers are written as they are; only floats, and scales, are rounded to ``dtype``. A
+    quantized table of the embedding is written in float, as no loader looks rows up in integers.
+    """
+
+    holds: ClassVar[frozenset[Feature]] = frozenset()
+
+    format: Literal["compressed-tensors", "safetensors"] = Field(
+        "compressed-tensors",
+        description="compressed-tensors, which vLLM and transformers load; or safetensors: plain floats, those that "
+        "quantized weights stand for.",
+    )
+    dtype: _Name | None = Field(
+        None,
+        description="Of weights in float and of scales. Omitted: the model's own, float32 if its config names none.",
+    )
+
+    def targets(self) -> list[Target]:
+        """See ``Exporter.targets``: none, other programs execute it."""
+        return []
+
+    def refusal(self, scheme: Scheme, *, experts: bool = False, shape: tuple[int, ...] | None = None) -> str | None:
+        """See ``Exporter.refusal``."""
+        if self.format == "safetensors":
+            return None
+        if experts:
+            return "transformers keeps experts in one tensor and cannot load them packed; option experts: none"
+        return compressed_tensors.refusal(scheme, shape)
+
+    def check(self, model: Model) -> None:
+        """See ``Exporter.check``.
+
+        Raises:
+            UnsupportedError: The family's linears are no ``Linear`` in transformers (GPT-2), which cannot load them.
+        """
+        if self.format != "safetensors" and model.arch.transposed:
+            raise UnsupportedError(
+                f"{model.arch.name} keeps its linears as Conv1D, which {self.format} does not know",
+                hint="export it with format: safetensors",
+            )
+
+    def estimate(self, model: Model) -> int:
+        """See ``Exporter.estimate``: weights as stored."""
+        return sum(weight.nbytes for weight in model.weights.values())
+
+    def export(self, model: Model, directory: Path, context: PassContext) -> tuple[CheckpointEntry, list[PassRecord]]:
+        """See ``Exporter.export``."""
+        dtype = _DTYPES[self.dtype or _own_dtype(model)]
+        folder = directory / _FOLDER
+        folder.mkdir(parents=True)
+        write_checkpoint_files(self._parts(model, dtype), folder, progress=context.progress)
+        _write_config(model, folder, dtype, self._quantization(model))
+        for path in sorted(model.source.tokenizer_dir.iterdir()):
+            if path.name != "config.json":
+                shutil.copyfile(path, folder / path.name)
+        return CheckpointEntry(
+            path=_FOLDER, format=self.format, dtype=_name(dtype), notes=list(self._notes(model, dtype))
+        ), []
+
+    def _parts(self, model: Model, dtype: torch.dtype) -> Iterator[Part]:
+        packed = set() if self.format == "safetensors" else _packed(model)
+        for name, weight in model.weights.items():
+            if name in packed:
+                assert isinstance(weight, QuantWeight)
+                yield compressed_tensors.linear_part(name.removesuffix(".weight"), weight, dtype)
+            else:
+                yield _float_part(name, weight, dtype, transposed=_is_transposed(model, name))
+
+    def _quantization(self, model: Model) -> dict[str, Any] | None:
+        return None if self.format == "safetensors" else compressed_tensors.quantization_config(model)
+
+    def _notes(self, model: Model, dtype: torch.dtype) -> Iterator[str]:
+        """What is not as the passes left it."""
+        quantized = {name for name, weight in model.weights.items() if isinstance(weight, QuantWeight)}
+        if not quantized and self.format != "safetensors":
+            yield "nothing is quantized: this is a plain checkpoint"
+        in_float = sorted(quantized - (set() if self.format == "safetensors" else _packed(model)))
+        if in_float:
+            others = f" and {len(in_float) - 1} more" if len(in_float) > 1 else ""
+            yield f"written as the floats they stand for: {in_float[0]}{others}"
+        rounded = sum(weight.dtype is not dtype for weight in model.weights.values() if isinstance(weight, DenseWeight))
+        if rounded and dtype is not torch.float32:
+            yield f"{rounded} tensors in float are rounded to {_name(dtype)}; dtype: float32 keeps them"
+        if quantized and dtype is not torch.float32:
+            yield f"scales are rounded to {_name(dtype)}, as loaders of such a model do; dtype: float32 keeps them"
+
+
+def _packed(model: Model) -> set[str]:
+    """Parameters of linears that are stored quantized; not tables that an embedding looks rows up in."""
+    shared = {f"{model.arch.embedding}.weight"}
+    names = {model.weight_of(module) for module in model.linears()} - shared
+    return {name for name in names if isinstance(model.weights[name], QuantWeight)}
+
+
+def _float_part(name: str, weight: DenseWeight | QuantWeight, dtype: torch.dtype, *, transposed: bool) -> Part:
+    def blocks() -> Iterator[Tensor]:
+        if transposed:
+            yield weight.dense().T.to(dtype)
+        elif isinstance(weight, QuantWeight):
+            yield from (block.to(dtype) for block in weight.dense_blocks())
+        elif weight.shape:
+            yield from (block.to(dtype) for block in weight.blocks())
+        else:
+            yield weight.load().to(dtype)
+
+    return Part({name: (dtype, weight.shape[::-1] if transposed else weight.shape)}, blocks)
+
+
+def _is_transposed(model: Model, name: str) -> bool:
+    layer = re.escape(model.arch.layer).replace(re.escape("{i}"), "[0-9]+")
+    match = re.fullmatch(f"{layer}[.](.+)[.]weight", name)
+    return match is not None and match[1] in model.arch.transposed
+
+
+def _own_dtype(model: Model) -> _Name:
+    """The config's dtype, float32 where it names none that is written here."""
+    named = str(model.config.get("dtype") or model.config.get("torch_dtype")).removeprefix("torch.")
+    return next((name for name in _DTYPES if name == named), "float32")
+
+
+def _name(dtype: torch.dtype) -> _Name:
+    return next(name for name, each in _DTYPES.items() if each is dtype)
+
+
+def _write_config(model: Model, folder: Path, dtype: torch.dtype, quantization: dict[str, Any] | None) -> None:
+    """The model's own config, with what was changed about it."""
+    config = {name: value for name, value in model.config.items() if name not in ("torch_dtype", "quantization_config")}
+    config |= {"dtype": _name(dtype), "tie_word_embeddings": model.is_tied}
+    if quantization is not None:
+        config["quantization_config"] = quantization
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,34 @@
+"""Streams of bits: compressed-tensors' own examples, and the plain definition."""
+
+import pytest
+import torch
+
+from llmopt.exporters.checkpoint.bit_stream import packed
+
+
+def words(values: list[int], bits: int) -> list[int]:
+    shifted = torch.tensor([values]) + (1 << (bits - 1))
+    return [word & 0xFFFFFFFF for word in packed(shifted.to(torch.uint8), bits)[0].tolist()]
+
+
+@pytest.mark.parametrize(
+    ("bits", "values", "expected"),
+    [  # computed with compressed-tensors' pack_to_int32
+        (4, list(range(-8, 8)), [0x76543210, 0xFEDCBA98]),
+        (3, [-4, -3, -2, -1, 0, 1, 2, 3, 3, 2, 1, 0, -1, -2, -3, -4], [0x77FAC688, 0x00000539]),
+        (8, [-128, -1, 0, 127], [0xFF807F00]),
+        (4, [-8, -7, 0, 7, 1, 2, 3, 4, 5], [0xCBA9F810, 0x0000000D]),
+    ],
+)
+def test_known_words(bits: int, values: list[int], expected: list[int]) -> None:
+    assert words(values, bits) == expected
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("count", [1, 7, 32, 45])
+def test_every_number_lies_at_its_place_in_the_stream(bits: int, count: int) -> None:
+    values = torch.randint(0, 1 << bits, (3, count), generator=torch.Generator().manual_seed(count), dtype=torch.uint8)
+    for row, numbers in zip(packed(values, bits).tolist(), values.tolist(), strict=True):
+        stream = sum((word & 0xFFFFFFFF) << (32 * place) for place, word in enumerate(row))
+        assert stream == sum(number << (bits * place) for place, number in enumerate(numbers))
+        assert len(row) == -(-count * bits // 32)
