@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from llmopt.optimizer.errors import MissingExtraError, PassError
+from llmopt.optimizer.instructions import VNNI, host_instructions
 from llmopt.optimizer.scheme import Scheme
 from llmopt.passes.graph._nbits import block_size
 
@@ -103,6 +104,9 @@ def _product(
         ]
         values, step, scale, middle = (each.name for each in tensors)
         inputs = ["x", values, step, scale, middle]
+        if host_instructions() != VNNI:  # see lower_linear
+            tensors[0] = tensor("values", integers(columns, rows))
+            inputs.append(middle)
         return helper.make_node("MatMulIntegerToFloat", inputs, [output], domain="com.microsoft"), tensors
     block = block_size(spec.group_size or columns, spec.num_bits) or 16
     blocks = -(-columns // block)

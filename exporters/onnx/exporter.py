@@ -14,8 +14,9 @@ from llmopt.exporters.onnx.verify import verify_lowering
 from llmopt.optimizer.contracts import Exporter, PassContext
 from llmopt.optimizer.decoder import Decoder, Rope
 from llmopt.optimizer.errors import MissingExtraError, UnsupportedError
+from llmopt.optimizer.instructions import VNNI, host_instructions
 from llmopt.optimizer.manifest import Engine, PassRecord, TensorInfo
-from llmopt.optimizer.model import DenseWeight, Model
+from llmopt.optimizer.model import DenseWeight, Model, QuantWeight
 from llmopt.optimizer.target import TARGETS, Target
 
 __all__ = ["Onnx"]
@@ -105,8 +106,17 @@ class Onnx(Exporter):
             capacity=capacity,
             max_chunk=min(_MAX_CHUNK, capacity),
             min_chunk=2,
-            features=[] if model.cache_scales(0) is None else ["int8_kv"],
+            features=_features(model),
         )
+
+
+def _features(model: Model) -> list[str]:
+    """What whoever executes the engine must know."""
+    features = [] if model.cache_scales(0) is None else ["int8_kv"]
+    quantized = [weight for weight in model.weights.values() if isinstance(weight, QuantWeight)]
+    if host_instructions() == VNNI and any(weight.scheme.weights.type == "int" for weight in quantized):
+        features.append(VNNI)
+    return features
 
 
 def _ropes(decoder: Decoder) -> list[Rope]:

@@ -2,10 +2,13 @@
 
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 from onnxscript.rewriter import pattern
 
 from llmopt.optimizer.contracts import GraphPass, PassContext
+from llmopt.optimizer.instructions import VNNI, host_instructions
+from llmopt.optimizer.lazy_tensor import lazy_tensor
 from llmopt.passes.graph._nbits import BlockWeight, block_weight, matmul_nbits
 from llmopt.passes.graph._rules import apply_groups, attribute, producer
 
@@ -39,7 +42,7 @@ class _PerTokenRule(pattern.RewriteRuleClassBase):  # type: ignore[misc]
         return result.fail(reason) if reason else result
 
     def rewrite(self, op: Any, integers: ir.Value, step: ir.Value, middle: ir.Value, **matched: Any) -> Any:
-        weight = (matched["values"], step, matched["scale"], middle)
+        weight = _weight(op, matched["values"], step, matched["scale"], middle)
         names = [f"{matched['product'].name}.by_largest"]
         product = op.MatMulIntegerToFloat(integers, *weight, _domain=_MICROSOFT, _outputs=names)
         return op.Mul(product, matched["largest"])
@@ -61,7 +64,7 @@ class _StaticRule(pattern.RewriteRuleClassBase):  # type: ignore[misc]
         return result.fail(reason) if reason else result
 
     def rewrite(self, op: Any, integers: ir.Value, step: ir.Value, middle: ir.Value, **matched: Any) -> Any:
-        weight = (matched["values"], step, matched["scale"], middle)
+        weight = _weight(op, matched["values"], step, matched["scale"], middle)
         return op.MatMulIntegerToFloat(integers, *weight, _domain=_MICROSOFT)
 
 
@@ -146,6 +149,31 @@ def _no_integer_product(integers: ir.Value, step: ir.Value, values: ir.Value, we
     if attribute(weight, "axis", 1) != 1 or attribute(weight, "block_size", 0):
         return "the kernel takes one weight scale per output channel"
     return None
+
+
+def _weight(op: Any, values: ir.Value, step: ir.Value, scale: ir.Value, middle: ir.Value) -> tuple[ir.Value, ...]:
+    """What MatMulIntegerToFloat takes behind the integers of the activations.
+
+    Where the CPU sums products of uint8 and int8 in 16 bits, which overflow, the same weights as uint8 around 128: ONNX
+    Runtime's kernel of two uint8 does not.
+    """
+    if host_instructions() == VNNI:
+        return values, step, scale, middle
+    return _unsigned(op, values), step, scale, middle, op.Constant(value=ir.tensor(np.uint8(128)))
+
+
+def _unsigned(op: Any, values: ir.Value) -> ir.Value:
+    """int8 plus 128, as uint8: an initializer, or computed when the engine is loaded where another reads it too."""
+    tensor = values.const_value
+    if tensor is None or len(values.uses()) > 1:
+        wide = op.Add(op.Cast(values, to=ir.DataType.INT16.value), op.Constant(value=ir.tensor(np.int16(128))))
+        made: ir.Value = op.Cast(wide, to=ir.DataType.UINT8.value)
+        return made
+    name = f"{values.name}.unsigned"
+    shape = tensor.shape.numpy()
+    lazy = lazy_tensor(name, ir.DataType.UINT8, shape, lambda: (tensor.numpy().astype(np.int16) + 128).astype(np.uint8))
+    unsigned: ir.Value = op.initializer(lazy, name=name)
+    return unsigned
 
 
 def _is_fp8(node: ir.Node | None) -> bool:

@@ -11,12 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from llmopt.optimizer.errors import InputError, MissingExtraError, UnsupportedError
+from llmopt.optimizer.instructions import VNNI, host_instructions
 from llmopt.optimizer.manifest import Engine, TensorInfo
 from llmopt.runtime.backends.base import ExecutionError, FloatArray, IntArray
 
 __all__ = ["OnnxRuntimeBackend", "open_backend"]
 
-_KNOWN_FEATURES = frozenset({"int8_kv"})
+_KNOWN_FEATURES = frozenset({"int8_kv", VNNI})
 _IDS, _LENGTHS, _ROWS, _LOGITS = "input_ids", "past_lengths", "logit_rows", "logits"
 
 
@@ -47,6 +48,11 @@ def open_backend(
         raise UnsupportedError(
             f"the engine needs what this llmopt does not know: {', '.join(unknown)}", hint="install a newer llmopt"
         )
+    if VNNI in engine.features and host_instructions() != VNNI:
+        raise UnsupportedError(
+            "the engine was built on a CPU with VNNI, and its integer products would overflow on this one",
+            hint="build it on a machine like this one: what is built here runs there too",
+        )
     session = _open_session(directory / engine.path, engine.target, threads, packed=packed)
     return OnnxRuntimeBackend(session, engine, slots=slots, capacity=capacity)
 
@@ -65,8 +71,6 @@ def _open_session(path: Path, target: str, threads: int, *, packed: bool) -> Any
     # The lowering has fused what gains by it, and was verified. ONNX Runtime's own fusions would follow unverified, to
     # kernels of which some are slower (BiasGelu, SkipLayerNormalization).
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    # Without VNNI, u8 x s8 products overflow 16 bits; this makes ONNX Runtime take exact kernels there, and only there.
-    options.add_session_config_entry("session.x64quantprecision", "1")
     # FP8 weights have no kernel: without this they would be turned into floats in every call instead of once.
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     # Between two runs the cores belong to the server; idle worker threads that spin would take them.
