@@ -76,8 +76,6 @@ def _session(graph: ir.Model, name: str, threads: int) -> Any:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = threads
     options.log_severity_level = 4
-    # As in the engine: exact u8 x s8 products without VNNI too.
-    options.add_session_config_entry("session.x64quantprecision", "1")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         ir.save(graph, path, external_data="model.onnx.data")

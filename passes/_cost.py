@@ -29,7 +29,7 @@ def checkpoint_bits(shape: tuple[int, int], scheme: Scheme | None) -> int:
 def engine_bytes(shape: tuple[int, int], scheme: Scheme | None) -> int:
     """Bytes of the same weight in an engine, whose floats are float32.
 
-    Weight-only kernels take blocks of at most 32 columns in 4 bits and 64 in 8 or 2: scales of larger groups are
+    Weight-only kernels take blocks of some columns at most (``_nbits.block_size``): scales of larger groups are
     repeated. Three bits are stored as four.
     """
     rows, columns = shape

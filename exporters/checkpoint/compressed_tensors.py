@@ -12,6 +12,7 @@ from torch import Tensor
 
 from llmopt.exporters.checkpoint.bit_stream import packed
 from llmopt.exporters.checkpoint.shards import Part
+from llmopt.optimizer.decoder import Experts
 from llmopt.optimizer.model import Model, QuantWeight
 from llmopt.optimizer.scheme import QuantSpec, Scheme
 
@@ -77,7 +78,9 @@ def linear_part(module: str, weight: QuantWeight, dtype: torch.dtype) -> Part:
 def quantization_config(model: Model) -> dict[str, Any] | None:
     """The entry of ``config.json``: modules by scheme, and by name all that stay in float; None where all do."""
     groups: dict[Scheme, list[str]] = {}
-    ignored = [layer.mlp.router for layer in model.decoder.layers if hasattr(layer.mlp, "router")]
+    decoder = model.decoder
+    ignored = [layer.mlp.router for layer in decoder.layers if isinstance(layer.mlp, Experts)]
+    ignored += [each for each in (decoder.project_in, decoder.project_out) if each is not None]
     for module in model.linears():
         weight = model.weights[model.weight_of(module)]
         is_shared = module == model.arch.head and model.is_tied

@@ -64,6 +64,21 @@ def test_w8a8_is_exact(rewrite, graph_of, numbers, exchanged):
     assert result.difference() < EXACT
 
 
+@pytest.mark.parametrize("host", ["avx2", "vnni"])
+def test_without_vnni_both_factors_are_unsigned(rewrite, graph_of, numbers, host, monkeypatch):
+    monkeypatch.setattr("llmopt.passes.graph.lower_linear.host_instructions", lambda: host)
+    graph = graph_of(linear(dequantized(numbers, 40, 24), rounded=True), x=X)
+    result = rewrite("lower_linear", graph, {"x": numbers(2, 5, 40)})
+    (node,) = (node for node in result.graph.graph if node.op_type == "MatMulIntegerToFloat")
+    unsigned = host == "avx2"
+    assert (node.inputs[1].dtype == ir.DataType.UINT8) == unsigned
+    assert len(node.inputs) == 5 + unsigned
+    if unsigned:  # exact on every CPU
+        assert result.difference() < EXACT
+    tables = [value for value in result.graph.graph.initializers.values() if len(value.shape) == 2]
+    assert len(tables) == 1
+
+
 def test_w8a8_rows_do_not_see_each_other(rewrite, graph_of, numbers):
     graph = graph_of(linear(dequantized(numbers, 40, 24), rounded=True), x=X)
     x = numbers(1, 6, 40)

@@ -109,6 +109,17 @@ def test_an_unknown_feature_is_refused(tiny_engine):
         open_backend(tiny_engine.directory, engine, slots=1, capacity=8, threads=1)
 
 
+@pytest.mark.parametrize("host", ["avx2", "vnni"])
+def test_an_engine_built_with_vnni_is_refused_where_its_products_would_overflow(tiny_engine, host, monkeypatch):
+    monkeypatch.setattr("llmopt.runtime.backends.onnxruntime.host_instructions", lambda: host)
+    engine = tiny_engine.engine.model_copy(update={"features": ["vnni"]})
+    if host == "vnni":
+        assert open_backend(tiny_engine.directory, engine, slots=1, capacity=8, threads=1).capacity == 8
+        return
+    with pytest.raises(UnsupportedError, match="integer products would overflow"):
+        open_backend(tiny_engine.directory, engine, slots=1, capacity=8, threads=1)
+
+
 def test_a_manifest_that_describes_another_engine_is_refused(tiny_engine):
     engine = tiny_engine.engine.model_copy(update={"outputs": tiny_engine.engine.outputs[:-1]})
     with pytest.raises(UnsupportedError, match=r"disagree about present\.0\.value"):
