@@ -132,8 +132,7 @@ def test_source_perplexity_of_the_real_model_is_that_of_transformers(smollm2, ba
     network.model.rotary_emb = type(network.model.rotary_emb)(config=config)
     with torch.no_grad():
         expected = float(network.eval()(read.ids, labels=read.ids).loss.exp())
-    # Blocks of rows, and other kernels, sum in other orders: through 30 layers, float32 leaves 1e-4 of the logits, and of
-    # their mean less.
+    # Blocks of rows, and other kernels, sum in other orders: through 30 layers, float32 leaves 1e-4 of the logits.
     assert found["perplexity"].source == pytest.approx(expected, rel=5e-5)
     assert found["perplexity"].value == pytest.approx(expected, rel=5e-5)
     assert 2 < expected < 100
