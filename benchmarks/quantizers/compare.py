@@ -1,10 +1,13 @@
-"""One row after the other: quantized in a process of its own, read back, judged; a failure is a result too."""
+"""One row after the other: quantized in a process of its own, read back, judged; a failure is a result too.
+
+What was finished is kept: a comparison of hours that was stopped goes on at the row it was in.
+"""
 
 import json
 import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,9 @@ from llmopt.benchmarks.quantizers.packed import Stored, read_checkpoint, read_te
 from llmopt.benchmarks.quantizers.peers import PEERS, make_environment, run_peer
 from llmopt.benchmarks.quantizers.rows import OURS, Row
 from llmopt.benchmarks.quantizers.subject import Subject
+from llmopt.optimizer.cache import digest_of, sources_digest
 from llmopt.optimizer.errors import InputError, LlmoptError
+from llmopt.optimizer.manifest import sha256_of
 
 __all__ = ["Bench", "Result"]
 
@@ -54,7 +59,7 @@ class Result:
         found |= {"passes": list(row.passes)} if row.program == OURS else {"options": dict(row.options)}
         found["error"] = self.error
         found["figures"] = None if self.figures is None else self.figures.plain()
-        found["size"] = None if size is None else {"bytes": size.bytes, "bits_per_weight": size.bits_per_weight}
+        found["size"] = None if size is None else {**asdict(size), "bits_per_weight": size.bits_per_weight}
         if self.finished is not None:
             found |= {"seconds": self.finished.seconds, "peak_bytes": self.finished.peak_bytes}
         return found
@@ -79,8 +84,26 @@ class Bench:
     threads: int
 
     def result(self, row: Row) -> Result:
-        """Run and judge a row."""
-        program = "llmopt" if row.program == OURS else PEERS[row.program].title
+        """Run and judge a row, or read what came of it before; one that failed is tried again."""
+        path = self.folder / "finished" / f"{self._key(row)}.json"
+        if path.is_file():
+            return _from_plain(row, json.loads(path.read_text("utf-8")))
+        result = self._new(row)
+        if result.error is None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(result.plain()), encoding="utf-8")
+        return result
+
+    def _key(self, row: Row) -> str:
+        """Of everything that the figures depend on."""
+        subject, windows = self.subject, sha256_of(self.windows)
+        program = sources_digest() if row.program == OURS else PEERS[row.program].title
+        return digest_of(
+            [asdict(row), program, subject.model.source.digest, subject.text.digest, windows, self.threads]
+        )
+
+    def _new(self, row: Row) -> Result:
+        program = _program(row)
         output = self.folder / "quantized" / row.name
         shutil.rmtree(output, ignore_errors=True)
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -119,6 +142,18 @@ class Bench:
             output=output,
             threads=self.threads,
         )
+
+
+def _program(row: Row) -> str:
+    return "llmopt" if row.program == OURS else PEERS[row.program].title
+
+
+def _from_plain(row: Row, plain: Mapping[str, Any]) -> Result:
+    """A row that did not fail, out of ``Result.plain``."""
+    figures = {name: plain["figures"][name] for name in ("perplexity", "source_perplexity", "kl", "top1")}
+    size = Size(plain["size"]["bits"], plain["size"]["weights"])
+    finished = Finished("", plain["seconds"], plain["peak_bytes"]) if "seconds" in plain else None
+    return Result(row, plain["program"], finished, Figures(**figures), size)
 
 
 def _read(row: Row, output: Path) -> Stored:

@@ -1,6 +1,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,25 @@ def test_a_row_of_ours_is_run_judged_and_cleared_away(bench: Bench, row: Row) ->
     assert not (bench.folder / "quantized" / row.name).exists()
     plain = json.loads(json.dumps(result.plain()))
     assert (plain["seconds"], plain["peak_bytes"], plain["program"]) == (1.5, 1 << 30, "llmopt")
+
+
+def test_a_row_that_was_finished_is_not_run_again_but_on_another_text(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = bench.result(RTN)
+    runs: list[Any] = []
+
+    def counted(*command: Any, **_: Any) -> Finished:
+        runs.append(command)
+        raise ChildError("it does not run")
+
+    monkeypatch.setattr(compare, "run", counted)
+    assert replace(bench.result(RTN), finished=None) == replace(first, finished=None)
+    assert not runs
+    np.save(bench.windows, np.load(bench.windows) + 1)
+    assert bench.result(RTN).error == "it does not run"
+    assert bench.result(RTN).error == "it does not run"  # a failure is tried again
+    assert len(runs) == 2
 
 
 def test_a_row_without_passes_is_the_float_model(bench: Bench) -> None:
