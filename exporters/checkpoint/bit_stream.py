@@ -1,12 +1,9 @@
 """Numbers of a few bits as one dense stream in 32-bit words, which most checkpoint formats are made of."""
 
-import numpy as np
 import torch
 from torch import Tensor
 
 __all__ = ["packed"]
-
-_WORD = 32
 
 
 def packed(values: Tensor, bits: int) -> Tensor:
@@ -20,15 +17,27 @@ def packed(values: Tensor, bits: int) -> Tensor:
         int32 ``[rows, ceil(count * bits / 32)]``; bits behind the last number are 0.
     """
     rows, count = values.shape
-    words = -(-count * bits // _WORD)
-    if 8 % bits == 0:
-        each = 8 // bits
-        bytes_ = torch.zeros(rows, words * 4, dtype=torch.uint8)
-        for place in range(each):
-            column = values[:, place::each]
-            bytes_[:, : column.shape[1]] |= column << (place * bits)
-        return bytes_.view(torch.int32)
-    stream = np.zeros((rows, words * _WORD), np.uint8)
-    numbers = np.unpackbits(values.numpy()[:, :, None], axis=2, count=bits, bitorder="little")
-    stream[:, : count * bits] = numbers.reshape(rows, -1)
-    return torch.from_numpy(np.packbits(stream, axis=1, bitorder="little")).view(torch.int32)
+    stream = torch.zeros(rows, -(-count * bits // 32) * 4, dtype=torch.uint8)
+    whole = _whole_bytes(values, bits) if 8 % bits == 0 else _eights(values, bits)
+    width = min(whole.shape[1], stream.shape[1])
+    stream[:, :width] = whole[:, :width]
+    return stream.view(torch.int32)
+
+
+def _whole_bytes(values: Tensor, bits: int) -> Tensor:
+    """``8 / bits`` numbers are a byte: uint8 ``[rows, ceil(count * bits / 8)]``."""
+    each = 8 // bits
+    found = torch.zeros(len(values), -(-values.shape[1] // each), dtype=torch.uint8)
+    for place in range(each):
+        column = values[:, place::each]
+        found[:, : column.shape[1]] |= column << (place * bits)
+    return found
+
+
+def _eights(values: Tensor, bits: int) -> Tensor:
+    """Eight numbers are ``bits`` bytes, the lowest of an int64: uint8 ``[rows, ceil(count / 8) * bits]``."""
+    found = torch.zeros(len(values), -(-values.shape[1] // 8), dtype=torch.int64)
+    for place in range(8):
+        column = values[:, place::8]
+        found[:, : column.shape[1]] |= column.to(torch.int64) << (place * bits)
+    return found.view(torch.uint8).reshape(*found.shape, 8)[:, :, :bits].reshape(len(values), -1)
