@@ -238,7 +238,7 @@ def _measure(
     progress: Progress,
 ) -> tuple[list[Measurement], Verdict]:
     """Measure the engine against the source model on the gates' texts, and judge it; without one, the model as it is
-    behind the passes, which is what a checkpoint holds.
+    behind the passes, before a checkpoint rounds its scales and floats.
 
     A recipe without gates is measured on text sampled from the model, so that no build goes unmeasured.
     """
@@ -246,19 +246,20 @@ def _measure(
     from llmopt.evaluation.measure import measure, measure_model
 
     threads = recipe.resources.thread_count
+    if not texts:
+        usual = Gate(metric="kl", max=0)
+        longest = engines[0].capacity if engines else source.decoder.max_positions
+        fitting = usual.model_copy(update={"tokens": min(usual.tokens, longest)})
+        texts = _texts(recipe, [fitting], source, progress)
     if not engines:
         with progress.step("measure") as tick:
-            found = measure_model(source, model, texts, threads=threads, progress=tick) if texts else []
+            found = measure_model(source, model, texts, threads=threads, progress=tick)
         return found, judge(recipe.accept, found)
     from llmopt.runtime.backends.onnxruntime import open_backend
 
     packed = _may_pack(recipe, model, directory)
     if not packed:
         progress.note("measuring with the weights as they lie in the file, since a packed copy exceeds max_ram_gb")
-    if not texts:
-        usual = Gate(metric="kl", max=0)
-        fitting = usual.model_copy(update={"tokens": min(usual.tokens, engines[0].capacity)})
-        texts = _texts(recipe, [fitting], source, progress)
     longest = max(text.ids.shape[1] for text in texts)
     engine = partial(open_backend, directory, engines[0], slots=1, capacity=longest, threads=threads, packed=packed)
     with progress.step("measure") as tick:

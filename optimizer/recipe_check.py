@@ -64,7 +64,9 @@ def _check_features(document: Document, step: Step, exporter: Step) -> None:
     """Report what a pass adds to a model and an exporter cannot write."""
     for feature in sorted(step.instance.adds - exporter.instance.holds):
         what = f"it makes {feature}, which {exporter.name} has no place for"
-        document.problems.append(document.problem(step.path, what, f"leave it out, or {dotted(exporter.path)}"))
+        document.problems.append(
+            document.problem(step.path, what, f"leave out the option or the pass, or {dotted(exporter.path)}")
+        )
 
 
 def _check_schemes(document: Document, path: Keys, quantizer: QuantPass, exporter: Exporter) -> None:

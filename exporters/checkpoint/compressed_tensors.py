@@ -30,10 +30,18 @@ def refusal(scheme: Scheme, shape: tuple[int, ...] | None = None) -> str | None:
     if shape is not None and weights.block_structure is not None and any(map(mod, shape, weights.block_structure)):
         blocks = "x".join(map(str, weights.block_structure))
         return f"compressed-tensors takes whole blocks of {blocks} only, and this weight is {shape[0]}x{shape[1]}"
-    if weights.type == "float" or inputs is None:
+    if weights.type == "int" and weights.strategy not in ("channel", "group", "tensor"):
+        return "compressed-tensors takes integers' scales per tensor, per channel or per group"
+    if weights.strategy == "tensor" and not weights.symmetric:
+        return "compressed-tensors packs zero points of channels and groups only"
+    if inputs is None:
         return None
-    if weights.num_bits != 8 or not weights.symmetric:
+    if weights.type == "int" and (weights.num_bits != 8 or not weights.symmetric):
         return "compressed-tensors stores integers beside rounded inputs as symmetric 8-bit numbers"
+    by_token = ("token", "group") if weights.type == "float" else ("token",)
+    fits = inputs.strategy in by_token if inputs.dynamic else inputs.strategy == "tensor"
+    if not fits or (inputs.type, inputs.num_bits, inputs.symmetric) != (weights.type, 8, True):
+        return "its loaders round inputs to 8 bits as weights are, symmetric: dynamic per token, or static per tensor"
     return None
 
 

@@ -17,6 +17,7 @@ from llmopt.optimizer.errors import MissingExtraError, UnsupportedError
 from llmopt.optimizer.instructions import VNNI, host_instructions
 from llmopt.optimizer.manifest import Engine, PassRecord, TensorInfo
 from llmopt.optimizer.model import DenseWeight, Model, QuantWeight
+from llmopt.optimizer.scheme import Scheme
 from llmopt.optimizer.target import TARGETS, Target
 
 __all__ = ["Onnx"]
@@ -114,9 +115,14 @@ def _features(model: Model) -> list[str]:
     """What whoever executes the engine must know."""
     features = [] if model.cache_scales(0) is None else ["int8_kv"]
     quantized = [weight for weight in model.weights.values() if isinstance(weight, QuantWeight)]
-    if host_instructions() == VNNI and any(weight.scheme.weights.type == "int" for weight in quantized):
+    if host_instructions() == VNNI and any(_is_lowered_for_vnni(weight.scheme) for weight in quantized):
         features.append(VNNI)
     return features
+
+
+def _is_lowered_for_vnni(scheme: Scheme) -> bool:
+    """Whether a linear's kernel is another one without: products of two integers, and blocks of few bits."""
+    return scheme.weights.type == "int" and (scheme.input_activations is not None or scheme.weights.num_bits < 8)
 
 
 def _ropes(decoder: Decoder) -> list[Rope]:

@@ -50,7 +50,8 @@ def open_backend(
         )
     if VNNI in engine.features and host_instructions() != VNNI:
         raise UnsupportedError(
-            "the engine was built on a CPU with VNNI, and its integer products would overflow on this one",
+            "the engine was lowered for a CPU with VNNI: on this one its integer products would overflow, or its rows "
+            "depend on what shares their batch",
             hint="build it on a machine like this one: what is built here runs there too",
         )
     session = _open_session(directory / engine.path, engine.target, threads, packed=packed)

@@ -20,7 +20,7 @@ def _asked_anew():
         ("x86_64", "fpu sse avx avx2", "avx2"),
         ("x86_64", "avx2 avx512f avx512bw", "avx2"),
         ("x86_64", "avx2 avx512_vnni", "vnni"),
-        ("x86_64", "avx2 avx_vnni", "vnni"),
+        ("x86_64", "avx2 avx_vnni", "avx2"),
         ("AMD64", "avx2 amx_int8", "vnni"),
         ("aarch64", "", "vnni"),
     ],

@@ -556,3 +556,24 @@ def test_integers_beside_rounded_inputs_have_8_bits_in_a_checkpoint(mistakes) ->
     )
     (found,) = mistakes(f"{HEAD}passes:\n  - round_to_nearest: {{scheme: {scheme}}}\nexport: [checkpoint]\n")
     assert "compressed-tensors stores integers beside rounded inputs as symmetric 8-bit numbers" in found
+
+
+@pytest.mark.parametrize(
+    ("scheme", "why"),
+    [
+        (
+            "{weights: {num_bits: 4, strategy: block, block_structure: [16, 16]}}",
+            "per tensor, per channel or per group",
+        ),
+        ("{weights: {num_bits: 4, strategy: tensor, symmetric: false}}", "zero points of channels and groups only"),
+        (
+            "{weights: {num_bits: 8, type: float, strategy: tensor}, "
+            "input_activations: {num_bits: 8, strategy: token, dynamic: true}}",
+            "round inputs to 8 bits as weights are",
+        ),
+    ],
+)
+def test_schemes_that_no_loader_of_a_checkpoint_takes_are_refused(scheme, why, mistakes) -> None:
+    passes = f"passes:\n  - round_to_nearest: {{head: none, scheme: {scheme}}}\n"
+    (found,) = mistakes(f"{HEAD}{passes}export: [checkpoint]\n")
+    assert why in found
