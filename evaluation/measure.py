@@ -15,7 +15,7 @@ from llmopt.optimizer.model import Model
 from llmopt.optimizer.tokens import Tokens
 from llmopt.runtime.backends.base import Backend
 
-__all__ = ["compare", "measure", "measure_model"]
+__all__ = ["compare", "compare_states", "measure", "measure_model"]
 
 _ROWS = 128
 """Positions whose logits are in memory at a time: with a vocabulary of 150,000, 77 MB a side."""
@@ -83,25 +83,36 @@ def measure_model(
     Returns:
         As ``measure``.
     """
-    steps = iter(range(1, 2 * len(texts) * model.num_layers + 1))
     total = 2 * len(texts) * model.num_layers
+    steps = iter(range(1, total + 1))
 
     def step(*_: int) -> None:
         progress(next(steps), total)
 
-    references = [Reference(each, threads=threads) for each in (source, model)]
+    before, behind = (Reference(each, threads=threads) for each in (source, model))
     found: list[Measurement] = []
     for text in texts:
-        states = [each.hidden_states(text.ids, progress=step) for each in references]
-        distance = Distance()
-        for ids, *rows in zip(text.ids, *states, strict=True):
-            for first in range(0, len(ids), _ROWS):
-                before, behind = (
-                    each.head(row[first : first + _ROWS]) for each, row in zip(references, rows, strict=True)
-                )
-                distance.add(before, behind, ids[first + 1 : first + _ROWS + 1])
-        found += _as_measurements(text, distance)
+        expected, states = (each.hidden_states(text.ids, progress=step) for each in (before, behind))
+        found += _as_measurements(text, compare_states(before, expected, behind, states, text.ids))
     return found
+
+
+def compare_states(source: Reference, expected: Tensor, reference: Reference, found: Tensor, ids: Tensor) -> Distance:
+    """Sum what lies between the predictions of two models, from what leaves their last layers.
+
+    Args:
+        source: The source model.
+        expected: Of it, float32 ``[n, t, d]``.
+        reference: The other model.
+        found: Of it, the same shape.
+        ids: The windows, int64 ``[n, t]``.
+    """
+    distance = Distance()
+    for window, ours, theirs in zip(ids, expected, found, strict=True):
+        for first in range(0, len(window), _ROWS):
+            rows = slice(first, first + _ROWS)
+            distance.add(source.head(ours[rows]), reference.head(theirs[rows]), window[first + 1 : first + _ROWS + 1])
+    return distance
 
 
 def compare(

@@ -8,16 +8,13 @@ from torch import Tensor
 
 from llmopt.benchmarks.quantizers.packed import Stored
 from llmopt.calibration.reference import Reference
-from llmopt.evaluation.distance import Distance
+from llmopt.evaluation.measure import compare_states
 from llmopt.optimizer.model import DenseWeight, Model, QuantTensors, QuantWeight, Weight
 from llmopt.optimizer.scheme import PRESETS
 from llmopt.optimizer.weight_rounding import round_weight
 from llmopt.optimizer.weight_store import read_weights
 
 __all__ = ["Figures", "Judge", "Size", "size_of", "with_our_weights", "with_rounded_tables", "with_their_weights"]
-
-_ROWS = 128
-"""Positions whose logits are in memory at a time."""
 
 _TABLES = PRESETS["W8A16"].with_group_size(32)
 
@@ -90,12 +87,7 @@ class Judge:
         """Run ``model`` on the text."""
         reference = Reference(model, threads=self._threads)
         states = reference.hidden_states(self._ids)
-        distance = Distance()
-        for ids, expected, found in zip(self._ids, self._states, states, strict=True):
-            for first in range(0, len(ids), _ROWS):
-                rows = slice(first, first + _ROWS)
-                source, engine = self._source.head(expected[rows]), reference.head(found[rows])
-                distance.add(source, engine, ids[first + 1 : first + _ROWS + 1])
+        distance = compare_states(self._source, self._states, reference, states, self._ids)
         perplexity, source_perplexity = distance.perplexities
         return Figures(perplexity, source_perplexity, distance.mean_kl, distance.top1)
 

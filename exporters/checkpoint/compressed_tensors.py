@@ -16,7 +16,7 @@ from llmopt.optimizer.decoder import Experts
 from llmopt.optimizer.model import Model, QuantWeight
 from llmopt.optimizer.scheme import QuantSpec, Scheme
 
-__all__ = ["linear_part", "quantization_config", "refusal"]
+__all__ = ["linear_part", "packed_linears", "quantization_config", "refusal"]
 
 _VERSION = "0.15.0"
 """Of compressed-tensors that is needed at least."""
@@ -43,6 +43,12 @@ def refusal(scheme: Scheme, shape: tuple[int, ...] | None = None) -> str | None:
     if not fits or (inputs.type, inputs.num_bits, inputs.symmetric) != (weights.type, 8, True):
         return "its loaders round inputs to 8 bits as weights are, symmetric: dynamic per token, or static per tensor"
     return None
+
+
+def packed_linears(model: Model) -> dict[str, QuantWeight]:
+    """Parameters of linears that are stored quantized; not the table of a tied head, in which rows are looked up."""
+    names = [model.weight_of(module) for module in model.linears() if module != model.arch.head or not model.is_tied]
+    return {name: weight for name in names if isinstance(weight := model.weights[name], QuantWeight)}
 
 
 def linear_part(module: str, weight: QuantWeight, dtype: torch.dtype) -> Part:
@@ -86,13 +92,12 @@ def linear_part(module: str, weight: QuantWeight, dtype: torch.dtype) -> Part:
 def quantization_config(model: Model) -> dict[str, Any] | None:
     """The entry of ``config.json``: modules by scheme, and by name all that stay in float; None where all do."""
     groups: dict[Scheme, list[str]] = {}
+    packed_here = packed_linears(model)
     decoder = model.decoder
     ignored = [layer.mlp.router for layer in decoder.layers if isinstance(layer.mlp, Experts)]
     ignored += [each for each in (decoder.project_in, decoder.project_out) if each is not None]
     for module in model.linears():
-        weight = model.weights[model.weight_of(module)]
-        is_shared = module == model.arch.head and model.is_tied
-        if isinstance(weight, QuantWeight) and not is_shared:
+        if (weight := packed_here.get(model.weight_of(module))) is not None:
             groups.setdefault(weight.scheme, []).append(module)
         else:
             ignored.append(module)

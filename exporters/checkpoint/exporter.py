@@ -92,13 +92,15 @@ class Checkpoint(Exporter):
         ), []
 
     def _parts(self, model: Model, dtype: torch.dtype) -> Iterator[Part]:
-        packed = set() if self.format == "safetensors" else _packed(model)
+        packed = self._packed(model)
         for name, weight in model.weights.items():
             if name in packed:
-                assert isinstance(weight, QuantWeight)
-                yield compressed_tensors.linear_part(name.removesuffix(".weight"), weight, dtype)
+                yield compressed_tensors.linear_part(name.removesuffix(".weight"), packed[name], dtype)
             else:
                 yield _float_part(name, weight, dtype, transposed=_is_transposed(model, name))
+
+    def _packed(self, model: Model) -> dict[str, QuantWeight]:
+        return {} if self.format == "safetensors" else compressed_tensors.packed_linears(model)
 
     def _quantization(self, model: Model) -> dict[str, Any] | None:
         return None if self.format == "safetensors" else compressed_tensors.quantization_config(model)
@@ -108,7 +110,7 @@ class Checkpoint(Exporter):
         quantized = {name for name, weight in model.weights.items() if isinstance(weight, QuantWeight)}
         if not quantized and self.format != "safetensors":
             yield "nothing is quantized: this is a plain checkpoint"
-        in_float = sorted(quantized - (set() if self.format == "safetensors" else _packed(model)))
+        in_float = sorted(quantized - self._packed(model).keys())
         if in_float:
             others = f" and {len(in_float) - 1} more" if len(in_float) > 1 else ""
             yield f"written as the floats they stand for: {in_float[0]}{others}"
@@ -117,13 +119,6 @@ class Checkpoint(Exporter):
             yield f"{rounded} tensors in float are rounded to {_name(dtype)}; dtype: float32 keeps them"
         if quantized and dtype is not torch.float32:
             yield f"scales are rounded to {_name(dtype)}, as loaders of such a model do; dtype: float32 keeps them"
-
-
-def _packed(model: Model) -> set[str]:
-    """Parameters of linears that are stored quantized; not tables that an embedding looks rows up in."""
-    shared = {f"{model.arch.embedding}.weight"}
-    names = {model.weight_of(module) for module in model.linears()} - shared
-    return {name for name in names if isinstance(model.weights[name], QuantWeight)}
 
 
 def _float_part(name: str, weight: DenseWeight | QuantWeight, dtype: torch.dtype, *, transposed: bool) -> Part:
