@@ -99,7 +99,7 @@ def build(
         manifest = Manifest(
             llmopt=version("llmopt"),
             versions=_versions(),
-            source=SourceEntry(spec=source.source.spec, digest=source.source.digest, files=dict(source.source.files)),
+            source=_source_entry(source),
             recipe=recipe.resolved(),
             architecture=model.arch.name,
             calibration=None if calibration is None else calibration.entry(),
@@ -117,6 +117,11 @@ def build(
         manifest.save(directory)
         record.save(directory)
     return manifest
+
+
+def _source_entry(model: Model) -> SourceEntry:
+    source = model.source
+    return SourceEntry(spec=source.spec, digest=source.digest, files=dict(source.files), notes=list(source.notes))
 
 
 def _refuse_existing(output: Path, *, force: bool) -> None:

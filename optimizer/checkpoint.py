@@ -8,10 +8,19 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from llmopt.optimizer.errors import InputError, UnsupportedError
-from llmopt.optimizer.model import DenseWeight
-from llmopt.optimizer.tensor_file import DTYPES, read_header
+from llmopt.optimizer.model import DenseWeight, Weight
+from llmopt.optimizer.tensor_file import DTYPES, FileTensor, read_header
 
-__all__ = ["INDEX_NAME", "WEIGHTS_NAME", "fit_to_shapes", "open_checkpoint", "some", "stored_names", "weight_files"]
+__all__ = [
+    "INDEX_NAME",
+    "WEIGHTS_NAME",
+    "as_floats",
+    "fit_to_shapes",
+    "open_checkpoint",
+    "some",
+    "stored_names",
+    "weight_files",
+]
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -50,18 +59,32 @@ def weight_files(directory: Path) -> list[Path]:
     )
 
 
-def open_checkpoint(directory: Path) -> dict[str, DenseWeight]:
-    """Every parameter of the checkpoint, by name; only headers are read.
+def open_checkpoint(directory: Path) -> dict[str, FileTensor]:
+    """Every tensor of the checkpoint, by name, but for buffers; only headers are read.
 
     Raises:
         InputError: A file is missing or damaged, or the index contradicts the shards.
-        UnsupportedError: A tensor is not floating point.
     """
     files = weight_files(directory)
     tensors = {path.name: _open(path) for path in files if path.name != INDEX_NAME}
     if files[0].name == INDEX_NAME:
         _check_index(files[0], tensors)
-    return {name: weight for shard in tensors.values() for name, weight in shard.items()}
+    return {name: tensor for shard in tensors.values() for name, tensor in shard.items() if not _BUFFERS.search(name)}
+
+
+def as_floats(tensors: Mapping[str, FileTensor]) -> dict[str, DenseWeight]:
+    """The weights that tensors of a checkpoint are when nothing is quantized.
+
+    Raises:
+        UnsupportedError: A tensor is not floating point.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _FLOATS:
+            raise UnsupportedError(
+                f"{tensor.path}: {name} has dtype {tensor.dtype}, and nothing says how it is quantized",
+                hint=f"weights in float are {', '.join(_FLOATS)}; config.json of others has a quantization_config",
+            )
+    return {name: DenseWeight(tensor.shape, _FLOATS[tensor.dtype], tensor) for name, tensor in tensors.items()}
 
 
 def stored_names(directory: Path) -> list[str]:
@@ -98,7 +121,7 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def _check_index(index: Path, tensors: Mapping[str, Mapping[str, DenseWeight]]) -> None:
+def _check_index(index: Path, tensors: Mapping[str, Mapping[str, FileTensor]]) -> None:
     lost = [f"{name} (in {file})" for name, file in _weight_map(index).items() if name not in tensors[file]]
     lost = [entry for entry in lost if not _BUFFERS.search(entry.split(" ")[0])]
     if lost:
@@ -108,30 +131,19 @@ def _check_index(index: Path, tensors: Mapping[str, Mapping[str, DenseWeight]]) 
         )
 
 
-def _open(path: Path) -> dict[str, DenseWeight]:
+def _open(path: Path) -> dict[str, FileTensor]:
     try:
-        tensors = read_header(path)
+        return read_header(path)
     except (SafetensorError, OSError) as error:
         raise InputError(
             f"{path} ({path.stat().st_size:,} bytes) is truncated or not a safetensors file: {error}",
             hint="copy or download the file again",
         ) from error
-    weights = {}
-    for name, tensor in tensors.items():
-        if _BUFFERS.search(name):
-            continue
-        if tensor.dtype not in _FLOATS:
-            raise UnsupportedError(
-                f"{path}: {name} has dtype {tensor.dtype}; llmopt starts from floating-point weights",
-                hint=f"supported: {', '.join(_FLOATS)}; take the checkpoint from before it was quantized",
-            )
-        weights[name] = DenseWeight(tensor.shape, _FLOATS[tensor.dtype], tensor)
-    return weights
 
 
 def fit_to_shapes(
-    weights: Mapping[str, DenseWeight], shapes: Mapping[str, tuple[int, ...]], where: object
-) -> dict[str, DenseWeight]:
+    weights: Mapping[str, Weight], shapes: Mapping[str, tuple[int, ...]], where: object
+) -> dict[str, Weight]:
     """The weights in the architecture's order, after checking that they are exactly what the config asks for.
 
     Args:

@@ -97,6 +97,9 @@ class WeightPass(_Options):
     needs_calibration: ClassVar[bool] = False
     """Whether the pass looks at text; its result then depends on that text too."""
 
+    dequantizes: ClassVar[bool] = False
+    """Whether nothing is quantized behind it, whatever the model was before."""
+
     @property
     def adds(self) -> frozenset[Feature]:
         """What the model has afterwards that not every exporter can write."""

@@ -7,18 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from llmopt.optimizer.arch.base import Arch
-from llmopt.optimizer.errors import InputError, UnsupportedError
+from llmopt.optimizer.errors import InputError
 
 __all__ = ["complete", "read_json"]
 
-# Says where a config came from or how a call should answer, not what the model computes.
+# Says where a config came from, how weights are stored or how a call should answer, not what the model computes.
 _INCIDENTAL = {
     "_attn_implementation_autoset",
     "_model_name_or_path",
     "_name_or_path",
     "auto_map",
+    "compression_config",
     "output_attentions",
     "output_hidden_states",
+    "quantization_config",
     "return_dict",
     "transformers_version",
 }
@@ -51,9 +53,7 @@ def complete(config: Mapping[str, Any], arch: Arch, where: object) -> dict[str, 
 
     Raises:
         InputError: A value has the wrong type or contradicts another.
-        UnsupportedError: The checkpoint is already quantized.
     """
-    _refuse_quantized(config, where)
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
@@ -79,14 +79,3 @@ def _model_type(config: Mapping[str, Any], arch: Arch) -> str:
     """The model_type of a config; the architecture decides, as it does for what is computed."""
     architectures = config.get("architectures") or [""]
     return arch.models.get(str(architectures[0])) or str(config["model_type"])
-
-
-def _refuse_quantized(config: Mapping[str, Any], where: object) -> None:
-    quantization = config.get("quantization_config")
-    if not quantization:
-        return
-    method = quantization.get("quant_method", "of an unknown kind") if isinstance(quantization, dict) else quantization
-    raise UnsupportedError(
-        f"{where} is already quantized (quant_method {method})",
-        hint="llmopt starts from floating-point weights; take the checkpoint that it was made from",
-    )

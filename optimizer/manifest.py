@@ -128,6 +128,7 @@ class SourceEntry(_Entry):
     spec: str
     digest: str
     files: dict[str, str]
+    notes: list[str] = Field([], description="What of the files is not in the model.")
 
 
 class CalibrationEntry(_Entry):

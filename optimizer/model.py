@@ -94,6 +94,8 @@ class QuantTensors(NamedTuple):
         zero: int8, signed, of the shape of ``scale``; None when symmetric.
         input_scale: float32 ``[1]``, of inputs that are rounded on a scale known in advance; None for others.
         block: Rows and columns that share a scale, ``[ceil(out/rows), ceil(in/columns)]`` of them; None: as above.
+        group_index: int32 ``[in]``, the group of each column, where the columns of a group lie apart, as in GPTQ
+            checkpoints quantized in the order of activations; None: a group is the next equal part of a row.
     """
 
     values: Tensor
@@ -101,10 +103,14 @@ class QuantTensors(NamedTuple):
     zero: Tensor | None
     input_scale: Tensor | None = None
     block: tuple[int, int] | None = None
+    group_index: Tensor | None = None
 
     def dense(self) -> Tensor:
         """The values the numbers stand for: float32 ``[out, in]``, ``(values - zero) * scale``."""
         rows, columns = self.values.shape
+        if self.group_index is not None:
+            zero = None if self.zero is None else self.zero[:, self.group_index]
+            return from_grid(self.values, self.scale[:, self.group_index], zero)
         if self.block is not None:
             scale = spread(self.scale, self.block, (rows, columns))
             zero = None if self.zero is None else spread(self.zero, self.block, (rows, columns))
@@ -124,6 +130,16 @@ class QuantTensors(NamedTuple):
         zero = None if self.zero is None else each(self.zero)
         return self._replace(scale=each(self.scale), zero=zero, block=block)
 
+    def by_group(self) -> "tuple[QuantTensors, Tensor | None]":
+        """The same with the columns of a group beside each other, and their order: int64 ``[in]``, or None as it was.
+
+        Column i of the result is column ``order[i]`` of this.
+        """
+        if self.group_index is None:
+            return self, None
+        order = self.group_index.argsort(stable=True)
+        return self._replace(values=self.values[:, order], group_index=None), order
+
     def rows(self, index: slice | Tensor) -> "QuantTensors":
         """The tensors of some rows, with scales of each row."""
         each = self.by_row()
@@ -139,11 +155,13 @@ class QuantWeight:
         shape: ``(out, in)``.
         scheme: How it was made, including what its input activations become.
         load: Reads its tensors, fresh or memory-mapped. The caller must not write to them.
+        has_group_index: Whether the columns of a group lie apart, see ``QuantTensors``.
     """
 
     shape: tuple[int, int]
     scheme: Scheme
     load: Callable[[], QuantTensors]
+    has_group_index: bool = False
 
     @property
     def groups(self) -> int:
@@ -152,11 +170,12 @@ class QuantWeight:
 
     @property
     def nbytes(self) -> int:
-        """Size when packed, in bytes: values at ``num_bits`` each, scales, zero points."""
+        """Size when packed, in bytes: values at ``num_bits`` each, scales, zero points, the groups of columns."""
         spec, floats = self.scheme.weights, math.prod(self.scheme.weights.scale_shape(*self.shape))
         zeros = 0 if spec.symmetric else floats
         floats += self.scheme.needs_input_scale
-        return (self.shape[0] * self.shape[1] + zeros) * spec.num_bits // 8 + floats * torch.float32.itemsize
+        index = self.shape[1] * torch.int32.itemsize if self.has_group_index else 0
+        return (self.shape[0] * self.shape[1] + zeros) * spec.num_bits // 8 + floats * torch.float32.itemsize + index
 
     def dense(self) -> Tensor:
         """The values the numbers stand for: float32 ``[out, in]``."""
@@ -170,7 +189,7 @@ class QuantWeight:
     def of(tensors: QuantTensors, scheme: Scheme) -> "QuantWeight":
         """A weight around tensors already in memory."""
         rows, columns = tensors.values.shape
-        return QuantWeight((rows, columns), scheme, lambda: tensors)
+        return QuantWeight((rows, columns), scheme, lambda: tensors, tensors.group_index is not None)
 
 
 Weight = DenseWeight | QuantWeight
@@ -193,12 +212,14 @@ class Source:
         files: Name of each file -> its sha256.
         tokenizer_dir: Holds tokenizer.json, tokenizer_config.json and, where the model has them,
             chat_template.jinja and generation_config.json.
+        notes: What of the files is not in the model.
     """
 
     spec: str
     digest: str
     files: Mapping[str, str]
     tokenizer_dir: Path
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
 """Whether a model fits a recipe's passes and exporters, found out before any tensor is read."""
 
-from llmopt.optimizer.contracts import QuantPass
+from llmopt.optimizer.contracts import Exporter, QuantPass
 from llmopt.optimizer.errors import UnsupportedError
-from llmopt.optimizer.model import Model
+from llmopt.optimizer.model import Model, QuantWeight
 from llmopt.optimizer.recipe import Recipe
 
-__all__ = ["check_model"]
+__all__ = ["check_as_it_is", "check_model"]
 
 
 def check_model(recipe: Recipe, model: Model) -> None:
@@ -17,9 +17,31 @@ def check_model(recipe: Recipe, model: Model) -> None:
     """
     for step in recipe.passes[:1]:
         step.instance.requires(model)
+    if not any(step.instance.dequantizes for step in recipe.passes):
+        for item in recipe.export:
+            check_as_it_is(model, item.instance)
     _check_modules(recipe, model)
     for item in recipe.export:
         item.instance.check(model)
+
+
+def check_as_it_is(model: Model, exporter: Exporter) -> None:
+    """Whether what is quantized in ``model`` can be written without quantizing it again.
+
+    Raises:
+        UnsupportedError: Naming the first linear that cannot.
+    """
+    experts = model.decoder.expert_linears
+    for module in model.linears():
+        weight = model.weights[model.weight_of(module)]
+        if not isinstance(weight, QuantWeight):
+            continue
+        reason = exporter.refusal(weight.scheme, experts=module in experts, shape=weight.shape)
+        if reason is not None:
+            raise UnsupportedError(
+                f"{module} is quantized to {weight.scheme.name} in the model: {reason}",
+                hint="in a recipe, the pass dequantize before others quantizes it otherwise",
+            )
 
 
 def _check_modules(recipe: Recipe, model: Model) -> None:

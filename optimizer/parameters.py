@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llmopt.optimizer.arch.base import Arch
 from llmopt.optimizer.errors import InputError
-from llmopt.optimizer.model import DenseWeight
+from llmopt.optimizer.model import DenseWeight, QuantWeight, Weight
 
 __all__ = ["Parameter", "expected_parameters", "in_our_names", "module_parameters", "their_name", "weight_shapes"]
 
@@ -139,8 +139,8 @@ def _expert_weights(arch: Arch, place: str, count: int) -> list[str]:
 
 
 def in_our_names(
-    stored: Mapping[str, DenseWeight], parameters: Mapping[str, Parameter], arch: Arch, where: object
-) -> dict[str, DenseWeight]:
+    stored: Mapping[str, Weight], parameters: Mapping[str, Parameter], arch: Arch, where: object
+) -> dict[str, Weight]:
     """A checkpoint's weights under our names and in our shapes.
 
     Besides the names that transformers writes today, those of its module are known (experts in one tensor, a head that
@@ -159,7 +159,7 @@ def in_our_names(
     whole = {**parameters, **{p.weights[0]: p for p in parameters.values() if not p.is_stacked}}
     experts = {name for p in parameters.values() if p.is_stacked for name in p.weights}
     prefix = arch.layer.partition(".")[0]
-    weights: dict[str, DenseWeight] = {}
+    weights: dict[str, Weight] = {}
     origin: dict[str, str] = {}
     for name, weight in stored.items():
         spelled = next((known for known in (name, f"{prefix}.{name}") if known in whole or known in experts), name)
@@ -173,7 +173,9 @@ def in_our_names(
     return weights
 
 
-def _pieces(name: str, weight: DenseWeight, parameter: Parameter, where: object) -> dict[str, DenseWeight]:
+def _pieces(name: str, weight: Weight, parameter: Parameter, where: object) -> Mapping[str, Weight]:
+    if isinstance(weight, QuantWeight):  # is one linear, ``[out, in]`` in every format
+        return {parameter.weights[0] if not parameter.is_stacked else name: weight}
     if parameter.is_stacked and weight.shape != parameter.shape:
         raise InputError(
             f"{where}: {name} is {list(weight.shape)}, but config.json asks for {list(parameter.shape)}",

@@ -103,9 +103,12 @@ def joined(parts: Sequence[QuantTensors], spec: QuantSpec) -> QuantTensors:
 
     Parts of a weight with one scale have the same one.
     """
-    values, scales, zeros, _, block = zip(*parts, strict=True)
+    first, values = parts[0], torch.cat([part.values for part in parts])
     if spec.strategy == "tensor":
-        return QuantTensors(torch.cat(values), scales[0], zeros[0])
-    return QuantTensors(
-        torch.cat(values), torch.cat(scales), None if zeros[0] is None else torch.cat(zeros), block=block[0]
+        return first._replace(values=values)
+    zeros = [part.zero for part in parts if part.zero is not None]
+    return first._replace(
+        values=values,
+        scale=torch.cat([part.scale for part in parts]),
+        zero=torch.cat(zeros) if zeros else None,
     )

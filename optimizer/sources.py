@@ -12,14 +12,15 @@ from llmopt.optimizer import arch as families
 from llmopt.optimizer import gguf_file, hub, pypi, tokenizer_files
 from llmopt.optimizer.arch.base import Arch
 from llmopt.optimizer.cache import digest_of
-from llmopt.optimizer.checkpoint import fit_to_shapes, open_checkpoint, stored_names, weight_files
+from llmopt.optimizer.checkpoint import as_floats, fit_to_shapes, open_checkpoint, some, stored_names, weight_files
 from llmopt.optimizer.config_check import check_completed, check_given
 from llmopt.optimizer.digests import file_digests
 from llmopt.optimizer.errors import InputError
 from llmopt.optimizer.gguf_header import read_header
 from llmopt.optimizer.hf_config import complete, read_json
-from llmopt.optimizer.model import DenseWeight, Model, Source
+from llmopt.optimizer.model import Model, QuantWeight, Source, Weight
 from llmopt.optimizer.parameters import expected_parameters, in_our_names, weight_shapes
+from llmopt.optimizer.quantized.reader import Reading, quantization_of, read_quantized
 
 __all__ = ["load_model", "locate"]
 
@@ -30,9 +31,10 @@ class _Loaded:
 
     arch: Arch
     config: Mapping[str, Any]
-    weights: Mapping[str, DenseWeight]
+    weights: Mapping[str, Weight]
     files: Mapping[str, str]
     tokenizer_dir: Path
+    notes: tuple[str, ...] = ()
 
 
 def load_model(spec: str, *, cache: Path, base: Path | None = None, offline: bool = False) -> Model:
@@ -50,7 +52,8 @@ def load_model(spec: str, *, cache: Path, base: Path | None = None, offline: boo
     """
     path = locate(spec, cache=cache, base=base, offline=offline)
     loaded = _load_directory(path, cache) if path.is_dir() else _load_gguf(path, cache)
-    source = Source(spec, digest_of(dict(loaded.files)), MappingProxyType(dict(loaded.files)), loaded.tokenizer_dir)
+    digest = digest_of(dict(loaded.files))
+    source = Source(spec, digest, MappingProxyType(dict(loaded.files)), loaded.tokenizer_dir, loaded.notes)
     return Model(loaded.arch, dict(loaded.config), MappingProxyType(dict(loaded.weights)), source)
 
 
@@ -81,22 +84,41 @@ def _load_directory(directory: Path, cache: Path) -> _Loaded:
     arch = families.find(raw, lambda: stored_names(directory))
     check_given(raw)
     config = complete(raw, arch, directory)
-    stored = open_checkpoint(directory)
-    check_completed(config, arch, stored.keys())
+    tensors, quantization = open_checkpoint(directory), quantization_of(raw, directory)
+    stored = Reading(as_floats(tensors)) if quantization is None else read_quantized(tensors, quantization, directory)
+    check_completed(config, arch, stored.weights.keys())
     parameters = expected_parameters(config, arch, directory)
     shapes = weight_shapes(parameters)
-    weights = in_our_names(stored, parameters, arch, directory)
+    weights = in_our_names(stored.weights, parameters, arch, directory)
     _settle_tie(config, arch, weights, shapes)
+    unused = _drop_unused_biases(weights, shapes)
     weights = fit_to_shapes(weights, shapes, directory)
     present = [name for name in tokenizer_files.TOKENIZER_FILES if (directory / name).is_file()]
     names = ["config.json", *present, *(path.name for path in weight_files(directory))]
+    if quantization is not None and quantization.file is not None:
+        names.append(quantization.file)
     files = file_digests({name: directory / name for name in names}, cache)
     tokenizer_dir = tokenizer_files.prepare(directory, config, {name: files[name] for name in present}, cache)
-    return _Loaded(arch, config, weights, files, tokenizer_dir)
+    return _Loaded(arch, config, weights, files, tokenizer_dir, (*stored.notes, *unused))
+
+
+def _drop_unused_biases(weights: dict[str, Weight], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Remove biases of zeros that older GPTQ programs wrote for linears that have none, and say so."""
+    unused = [
+        name
+        for name, weight in weights.items()
+        if name not in shapes
+        and name.endswith(".bias")
+        and isinstance(weights.get(f"{name.removesuffix('.bias')}.weight"), QuantWeight)
+        and not bool(weight.dense().any())
+    ]
+    for name in unused:
+        weights.pop(name)
+    return [f"biases of zeros that the model has no place for are left out: {some(unused)}"] if unused else []
 
 
 def _settle_tie(
-    config: dict[str, Any], arch: Arch, weights: dict[str, DenseWeight], shapes: dict[str, tuple[int, ...]]
+    config: dict[str, Any], arch: Arch, weights: dict[str, Weight], shapes: dict[str, tuple[int, ...]]
 ) -> None:
     """Make config, weights and shapes agree about whether the head has a table of its own.
 
@@ -112,7 +134,9 @@ def _settle_tie(
     shapes.pop(head, None)
 
 
-def _are_equal(first: DenseWeight, second: DenseWeight) -> bool:
+def _are_equal(first: Weight, second: Weight) -> bool:
+    if isinstance(first, QuantWeight) or isinstance(second, QuantWeight):
+        return False
     if (first.shape, first.dtype) != (second.shape, second.dtype):
         return False
     return torch.equal(first.load(), second.load())

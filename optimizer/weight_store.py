@@ -101,16 +101,11 @@ def _weight(name: str, entry: Mapping[str, Any], tensors: Mapping[str, FileTenso
         return DenseWeight(tensor.shape, DTYPES[tensor.dtype], tensor)
     scheme = Scheme.model_validate(entry["scheme"])
     values, scale = tensors[f"{name}.values"], tensors[f"{name}.scale"]
-    zero, input_scale = (tensors.get(f"{name}.{part}") for part in ("zero", "input_scale"))
+    others = {part: tensors.get(f"{name}.{part}") for part in ("zero", "input_scale", "group_index")}
 
     def load() -> QuantTensors:
-        return QuantTensors(
-            values(),
-            scale(),
-            None if zero is None else zero(),
-            None if input_scale is None else input_scale(),
-            scheme.weights.block_structure,
-        )
+        read = {part: None if tensor is None else tensor() for part, tensor in others.items()}
+        return QuantTensors(values(), scale(), block=scheme.weights.block_structure, **read)
 
     rows, columns = values.shape
-    return QuantWeight((rows, columns), scheme, load)
+    return QuantWeight((rows, columns), scheme, load, others["group_index"] is not None)

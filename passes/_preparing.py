@@ -17,7 +17,7 @@ def refuse_quantized(model: Model, pass_name: str) -> None:
         if isinstance(weight, QuantWeight):
             raise PassError(
                 f"{name} is already quantized to {weight.scheme.name}",
-                hint=f"put {pass_name} before the quantizing pass",
+                hint=f"put {pass_name} before the quantizing pass, or dequantize before both",
             )
 
 

@@ -11,7 +11,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from llmopt.exporters.checkpoint import compressed_tensors
+from llmopt.exporters.checkpoint.awq import Awq
+from llmopt.exporters.checkpoint.compressed_tensors import CompressedTensors
+from llmopt.exporters.checkpoint.fp8 import Fp8
+from llmopt.exporters.checkpoint.gptq import Gptq
+from llmopt.exporters.checkpoint.layout import Layout, packed_linears
 from llmopt.exporters.checkpoint.shards import Part, write_checkpoint_files
 from llmopt.optimizer.contracts import Exporter, Feature, PassContext
 from llmopt.optimizer.errors import UnsupportedError
@@ -30,6 +34,18 @@ _Name = Literal["float32", "bfloat16", "float16"]
 _DTYPES: Mapping[_Name, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+Format = Literal["compressed-tensors", "gptq", "gptq_v2", "awq", "fp8", "safetensors"]
+
+_LAYOUTS: Mapping[Format, Layout] = {
+    "compressed-tensors": CompressedTensors(),
+    "gptq": Gptq("gptq"),
+    "gptq_v2": Gptq("gptq_v2"),
+    "awq": Awq(),
+    "fp8": Fp8(),
+}
+"""Without ``safetensors``, in which everything is a float."""
+
+
 class Checkpoint(Exporter):
     """Write ``checkpoint/``: safetensors, ``config.json`` and the tokenizer's files.
 
@@ -39,14 +55,15 @@ class Checkpoint(Exporter):
 
     holds: ClassVar[frozenset[Feature]] = frozenset()
 
-    format: Literal["compressed-tensors", "safetensors"] = Field(
+    format: Format = Field(
         "compressed-tensors",
-        description="compressed-tensors, which vLLM and transformers load; or safetensors: plain floats, those that "
-        "quantized weights stand for.",
+        description="compressed-tensors, which vLLM and transformers load; gptq, gptq_v2, awq and fp8, each for the "
+        "schemes that it has; safetensors: plain floats, those that quantized weights stand for.",
     )
     dtype: _Name | None = Field(
         None,
-        description="Of weights in float and of scales. Omitted: the model's own, float32 if its config names none.",
+        description="Of weights in float, and of scales where the format does not settle it (GPTQ and AWQ have "
+        "float16, fp8 float32). Omitted: the model's own, float32 if its config names none.",
     )
 
     def targets(self) -> list[Target]:
@@ -55,11 +72,11 @@ class Checkpoint(Exporter):
 
     def refusal(self, scheme: Scheme, *, experts: bool = False, shape: tuple[int, ...] | None = None) -> str | None:
         """See ``Exporter.refusal``."""
-        if self.format == "safetensors":
+        if self._layout is None:
             return None
         if experts:
             return "transformers keeps experts in one tensor and cannot load them packed; option experts: none"
-        return compressed_tensors.refusal(scheme, shape)
+        return self._layout.refusal(scheme, shape)
 
     def check(self, model: Model) -> None:
         """See ``Exporter.check``.
@@ -67,7 +84,7 @@ class Checkpoint(Exporter):
         Raises:
             UnsupportedError: The family's linears are no ``Linear`` in transformers (GPT-2), which cannot load them.
         """
-        if self.format != "safetensors" and model.arch.transposed:
+        if self._layout is not None and model.arch.transposed:
             raise UnsupportedError(
                 f"{model.arch.name} keeps its linears as Conv1D, which {self.format} does not know",
                 hint="export it with format: safetensors",
@@ -78,47 +95,62 @@ class Checkpoint(Exporter):
         return sum(weight.nbytes for weight in model.weights.values())
 
     def export(self, model: Model, directory: Path, context: PassContext) -> tuple[CheckpointEntry, list[PassRecord]]:
-        """See ``Exporter.export``."""
+        """See ``Exporter.export`` and ``write``."""
+        return self.write(model, directory / _FOLDER, context).model_copy(update={"path": _FOLDER}), []
+
+    def write(self, model: Model, folder: Path, context: PassContext) -> CheckpointEntry:
+        """Write the checkpoint into ``folder``, which is made unless it is there and empty.
+
+        Raises:
+            UnsupportedError: The format cannot have all of the model's quantized weights in one checkpoint.
+        """
         dtype = _DTYPES[self.dtype or _own_dtype(model)]
-        folder = directory / _FOLDER
-        folder.mkdir(parents=True)
-        write_checkpoint_files(self._parts(model, dtype), folder, progress=context.progress)
-        _write_config(model, folder, dtype, self._quantization(model))
+        packed = {} if self._layout is None else packed_linears(model)
+        if self._layout is not None and (reason := self._layout.model_refusal(packed)) is not None:
+            raise UnsupportedError(reason)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_checkpoint_files(self._parts(model, packed, dtype), folder, progress=context.progress)
+        quantization = self._layout.config(model, packed) if self._layout is not None and packed else None
+        _write_config(model, folder, dtype, quantization)
+        if quantization is not None and self._layout is not None and self._layout.side_file is not None:
+            _write_json(quantization, folder / self._layout.side_file)
         for path in sorted(model.source.tokenizer_dir.iterdir()):
             if path.name != "config.json":
                 shutil.copyfile(path, folder / path.name)
-        return CheckpointEntry(
-            path=_FOLDER, format=self.format, dtype=_name(dtype), notes=list(self._notes(model, dtype))
-        ), []
+        notes = list(self._notes(model, packed, dtype))
+        return CheckpointEntry(path=folder.name, format=self.format, dtype=_name(dtype), notes=notes)
 
-    def _parts(self, model: Model, dtype: torch.dtype) -> Iterator[Part]:
-        packed = self._packed(model)
+    @property
+    def _layout(self) -> Layout | None:
+        """How quantized linears are stored; None: as floats."""
+        return _LAYOUTS.get(self.format)
+
+    def _scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return dtype if self._layout is None else self._layout.scale_dtype or dtype
+
+    def _parts(self, model: Model, packed: Mapping[str, QuantWeight], dtype: torch.dtype) -> Iterator[Part]:
         for name, weight in model.weights.items():
-            if name in packed:
-                yield compressed_tensors.linear_part(name.removesuffix(".weight"), packed[name], dtype)
+            module = name.removesuffix(".weight")
+            if self._layout is not None and module in packed:
+                yield self._layout.part(module, packed[module], self._scale_dtype(dtype))
             else:
                 yield _float_part(name, weight, dtype, transposed=_is_transposed(model, name))
 
-    def _packed(self, model: Model) -> dict[str, QuantWeight]:
-        return {} if self.format == "safetensors" else compressed_tensors.packed_linears(model)
-
-    def _quantization(self, model: Model) -> dict[str, Any] | None:
-        return None if self.format == "safetensors" else compressed_tensors.quantization_config(model)
-
-    def _notes(self, model: Model, dtype: torch.dtype) -> Iterator[str]:
+    def _notes(self, model: Model, packed: Mapping[str, QuantWeight], dtype: torch.dtype) -> Iterator[str]:
         """What is not as the passes left it."""
         quantized = {name for name, weight in model.weights.items() if isinstance(weight, QuantWeight)}
-        if not quantized and self.format != "safetensors":
+        if not quantized and self._layout is not None:
             yield "nothing is quantized: this is a plain checkpoint"
-        in_float = sorted(quantized - self._packed(model).keys())
+        in_float = sorted(quantized - {model.weight_of(module) for module in packed})
         if in_float:
             others = f" and {len(in_float) - 1} more" if len(in_float) > 1 else ""
             yield f"written as the floats they stand for: {in_float[0]}{others}"
         rounded = sum(weight.dtype is not dtype for weight in model.weights.values() if isinstance(weight, DenseWeight))
         if rounded and dtype is not torch.float32:
             yield f"{rounded} tensors in float are rounded to {_name(dtype)}; dtype: float32 keeps them"
-        if quantized and dtype is not torch.float32:
-            yield f"scales are rounded to {_name(dtype)}, as loaders of such a model do; dtype: float32 keeps them"
+        if packed and (scales := self._scale_dtype(dtype)) is not torch.float32:
+            kept = "" if scales is not dtype else "; dtype: float32 keeps those of 32 bits"
+            yield f"scales are stored in {_name(scales)}{kept}"
 
 
 def _float_part(name: str, weight: DenseWeight | QuantWeight, dtype: torch.dtype, *, transposed: bool) -> Part:
@@ -157,4 +189,8 @@ def _write_config(model: Model, folder: Path, dtype: torch.dtype, quantization: 
     config |= {"dtype": _name(dtype), "tie_word_embeddings": model.is_tied}
     if quantization is not None:
         config["quantization_config"] = quantization
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    _write_json(config, folder / "config.json")
+
+
+def _write_json(value: Mapping[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

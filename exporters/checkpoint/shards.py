@@ -17,7 +17,7 @@ __all__ = ["Part", "write_checkpoint_files"]
 _SHARD_BYTES = 5_000_000_000
 """Of a file at most, unless one tensor is larger; what transformers splits at too."""
 
-_NAMES = {**{dtype: name for name, dtype in DTYPES.items()}, torch.int32: "I32", torch.int64: "I64"}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 Shape = tuple[int, ...]
 

@@ -269,6 +269,8 @@ class _Graph:
         if order is not None:
             weight, bias = reordered(weight, order), None if bias is None else reordered(bias, order)
         x = self._rotated_input(module, x)
+        if isinstance(weight, QuantWeight) and weight.has_group_index:
+            x = self._by_group(module, x, weight)
         if isinstance(weight, QuantWeight) and weight.scheme.input_activations is not None:
             x = self._round_activations(x, weight)
         y = self.builder.op("MatMul", x, linear_weight(self.builder, module, weight), name=f"{module}.output")
@@ -283,6 +285,16 @@ class _Graph:
             return x
         matrix = table(self.builder, f"{module}.input_rotation", rotation)
         return self._composite(composites.rotate_blocks(), x, matrix, name=f"{x.name}.turned")
+
+    def _by_group(self, module: str, x: ir.Value, weight: QuantWeight) -> ir.Value:
+        """The columns of ``x`` in the order of the weight's groups, once for all linears that read them so."""
+        _, order = weight.load().by_group()
+        assert order is not None
+        index = self.builder.constant(order.numpy(), f"{module}.order")
+        made = f"{x.name}.by_group({index.name})"
+        if made not in self.made:
+            self.made[made] = self.builder.op("Gather", x, index, axis=-1, name=made)
+        return self.made[made]
 
     def _round_activations(self, x: ir.Value, weight: QuantWeight) -> ir.Value:
         """``x`` rounded as the weight's scheme says, once for all linears that read it rounded so."""

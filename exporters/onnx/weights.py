@@ -137,6 +137,11 @@ def _one_scheme(name: str, experts: list[tuple[Weight, ...]]) -> Scheme | None:
             hint="one scheme for gate and up of all experts of a layer, and one for down",
         )
     (scheme,) = schemes
+    if any(weight.has_group_index for expert in experts for weight in expert if isinstance(weight, QuantWeight)):
+        raise UnsupportedError(
+            f"{name}: experts that were quantized in the order of activations (desc_act) have no graph",
+            hint="take a checkpoint without desc_act, or put the pass dequantize first",
+        )
     if scheme is not None and scheme.input_activations is not None:
         raise UnsupportedError(
             f"{name}: experts with quantized activations have no graph", hint="quantize their weights only, as in W8A16"
@@ -147,7 +152,8 @@ def _one_scheme(name: str, experts: list[tuple[Weight, ...]]) -> Scheme | None:
 def linear_weight(builder: GraphBuilder, module: str, weight: Weight) -> ir.Value:
     """The float32 ``[in, out]`` that a MatMul multiplies with: an initializer, or DequantizeLinear of one.
 
-    Numbers are ``[in, out]``. Per-channel scales are ``[out]``, with DequantizeLinear's axis 1; grouped ones
+    Numbers are ``[in, out]``; where the columns of a group lie apart, they are in the order of the groups, and what
+    enters has to be. Per-channel scales are ``[out]``, with DequantizeLinear's axis 1; grouped ones
     ``[groups, out]`` with axis 0 and the group size as block_size. A scale of several outputs is repeated for each.
     """
     name = f"{module}.weight"
@@ -207,7 +213,8 @@ def _dequantized(builder: GraphBuilder, name: str, weight: QuantWeight, *, trans
             shape = (width, rows) if transposed else (rows, width)
 
         def make() -> np.ndarray:
-            tensor: Tensor = getattr(weight.load().by_row(), part)
+            tensors, _ = weight.load().by_group()
+            tensor: Tensor = getattr(tensors.by_row(), part)
             return _array((tensor.T if transposed else tensor).contiguous()).reshape(shape)
 
         return builder.initializer(lazy_tensor(f"{base}.{suffix}", kind, shape, make, bits=spec.num_bits))

@@ -13,10 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llmopt.optimizer.checkpoint import fit_to_shapes, open_checkpoint, weight_files
+from llmopt.optimizer.checkpoint import as_floats, fit_to_shapes, open_checkpoint, weight_files
 from llmopt.optimizer.errors import InputError, UnsupportedError
 from llmopt.optimizer.model import DenseWeight
 from llmopt.optimizer.sources import load_model
+
+
+def weights_in(directory: Path) -> dict[str, DenseWeight]:
+    return as_floats(open_checkpoint(directory))
 
 
 @pytest.fixture
@@ -39,7 +43,7 @@ def set_config(directory: Path, **changes: Any) -> None:
 
 def test_every_tensor_is_read_as_it_was_saved(tiny_llama: Path) -> None:
     expected = load_file(tiny_llama / "model.safetensors")
-    weights = open_checkpoint(tiny_llama)
+    weights = weights_in(tiny_llama)
     assert weights.keys() == expected.keys()
     for name, weight in weights.items():
         assert (weight.shape, weight.dtype) == (tuple(expected[name].shape), torch.float32)
@@ -47,14 +51,14 @@ def test_every_tensor_is_read_as_it_was_saved(tiny_llama: Path) -> None:
 
 
 def test_shards_give_the_same_weights_as_one_file(tiny_llama: Path, tiny_llama_sharded: Path) -> None:
-    single, sharded = open_checkpoint(tiny_llama), open_checkpoint(tiny_llama_sharded)
+    single, sharded = weights_in(tiny_llama), weights_in(tiny_llama_sharded)
     assert len(weight_files(tiny_llama_sharded)) == 5
     assert single.keys() == sharded.keys()
     assert all(torch.equal(single[name].load(), sharded[name].load()) for name in single)
 
 
 def test_bfloat16_stays_bfloat16(tiny_llama_bf16: Path) -> None:
-    weight = open_checkpoint(tiny_llama_bf16)["model.norm.weight"]
+    weight = weights_in(tiny_llama_bf16)["model.norm.weight"]
     assert weight.load().dtype is weight.dtype is torch.bfloat16
 
 
@@ -73,7 +77,7 @@ def test_listing_and_loading_half_a_gigabyte_reads_only_what_is_touched(tmp_path
         file.truncate(8 + len(text) + large + small)
     process = psutil.Process()
     before = process.memory_info().rss
-    weights = open_checkpoint(tmp_path)
+    weights = weights_in(tmp_path)
     assert weights["large"].nbytes == large
     assert float(weights["small"].load().sum()) == 0.0
     tensor = weights["large"].load()
@@ -90,7 +94,7 @@ def test_a_truncated_file_is_refused_when_opened(
     path = directory / "model.safetensors"
     path.write_bytes(path.read_bytes()[:length])
     with pytest.raises(InputError, match=r"model\.safetensors \([\d,]+ bytes\) is truncated or not a safetensors file"):
-        open_checkpoint(directory)
+        weights_in(directory)
 
 
 def test_a_header_longer_than_the_file_is_refused(tiny_llama: Path, copy_of: Callable[[Path], Path]) -> None:
@@ -98,14 +102,14 @@ def test_a_header_longer_than_the_file_is_refused(tiny_llama: Path, copy_of: Cal
     path = directory / "model.safetensors"
     path.write_bytes(struct.pack("<Q", 1 << 40) + path.read_bytes()[8:])
     with pytest.raises(InputError, match="truncated"):
-        open_checkpoint(directory)
+        weights_in(directory)
 
 
 def test_a_missing_shard_is_named(tiny_llama_sharded: Path, copy_of: Callable[[Path], Path]) -> None:
     directory = copy_of(tiny_llama_sharded)
     (directory / "model-00002-of-00004.safetensors").unlink()
     with pytest.raises(InputError, match=r"names model-00002-of-00004\.safetensors, which is not there"):
-        open_checkpoint(directory)
+        weights_in(directory)
 
 
 def test_an_index_entry_that_its_shard_lacks_is_named(
@@ -117,7 +121,7 @@ def test_an_index_entry_that_its_shard_lacks_is_named(
     index["weight_map"]["model.norm.weight"] = "model-00001-of-00004.safetensors"
     path.write_text(json.dumps(index))
     with pytest.raises(InputError, match=r"do not hold: model\.norm\.weight \(in model-00001"):
-        open_checkpoint(directory)
+        weights_in(directory)
 
 
 def test_an_index_cannot_point_out_of_its_directory(tiny_llama_sharded: Path, copy_of: Callable[[Path], Path]) -> None:
@@ -125,7 +129,7 @@ def test_an_index_cannot_point_out_of_its_directory(tiny_llama_sharded: Path, co
     path = directory / "model.safetensors.index.json"
     path.write_text(json.dumps({"weight_map": {"model.norm.weight": "../other.safetensors"}}))
     with pytest.raises(InputError, match="outside its own directory"):
-        open_checkpoint(directory)
+        weights_in(directory)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}'])
@@ -133,31 +137,31 @@ def test_an_index_that_is_none_is_refused(text: str, tiny_llama_sharded: Path, c
     directory = copy_of(tiny_llama_sharded)
     (directory / "model.safetensors.index.json").write_text(text)
     with pytest.raises(InputError, match="is not a safetensors index"):
-        open_checkpoint(directory)
+        weights_in(directory)
 
 
 def test_pickled_weights_are_refused_with_a_hint(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(InputError, match="loading a pickle runs code") as caught:
-        open_checkpoint(tmp_path)
+        weights_in(tmp_path)
     assert "save_pretrained" in (caught.value.hint or "")
 
 
 def test_a_directory_without_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"neither model\.safetensors nor model\.safetensors\.index\.json"):
-        open_checkpoint(tmp_path)
+        weights_in(tmp_path)
 
 
 def test_integers_are_no_weights(tmp_path: Path) -> None:
     save_file({"layer.weight": torch.zeros(2, 2, dtype=torch.int8)}, tmp_path / "model.safetensors")
     with pytest.raises(UnsupportedError, match=r"layer\.weight has dtype I8"):
-        open_checkpoint(tmp_path)
+        weights_in(tmp_path)
 
 
 def test_buffers_of_older_checkpoints_are_left_out(tiny_llama: Path, copy_of: Callable[[Path], Path]) -> None:
     directory = copy_of(tiny_llama)
     rewrite(directory, lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}))
-    assert open_checkpoint(directory).keys() == open_checkpoint(tiny_llama).keys()
+    assert weights_in(directory).keys() == weights_in(tiny_llama).keys()
 
 
 def test_missing_weights_are_counted_and_the_first_are_named(

@@ -109,15 +109,6 @@ def test_every_family_has_a_name_of_its_own() -> None:
     assert len(names) == len(set(names))
 
 
-def test_a_quantized_checkpoint_is_refused_by_its_method(
-    tiny_llama: Path, copy_of: Callable[[Path], Path], tmp_path: Path
-) -> None:
-    directory = copy_of(tiny_llama)
-    set_config(directory, quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(UnsupportedError, match=r"already quantized \(quant_method gptq\)"):
-        load_model(str(directory), cache=tmp_path / "cache")
-
-
 @pytest.mark.parametrize("text", ["{", "[1]", '"llama"', "\x00"])
 def test_a_config_that_is_none_is_refused(
     text: str, tiny_llama: Path, copy_of: Callable[[Path], Path], tmp_path: Path

@@ -8,11 +8,12 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+import torch
 
 from llmopt.exporters.onnx.lowering import lowered_graph, stages
 from llmopt.exporters.onnx.standard import standard_graph
 from llmopt.optimizer.contracts import PassContext
-from llmopt.optimizer.model import DenseWeight
+from llmopt.optimizer.model import DenseWeight, QuantWeight
 from llmopt.optimizer.target import TARGETS
 from llmopt.passes.round_to_nearest import RoundToNearest
 
@@ -93,6 +94,23 @@ def test_an_odd_number_of_blocks_with_zero_points(model_of, lowered_of, engine_o
     model = model_of("W4A16_ASYM", {"group_size": 16, "head": "none"}, num_hidden_layers=1, **sizes)
     error = row_error(engine_of(lowered_of(model), model.config).logits(ids), reference_logits(model, ids))
     assert np.median(error) < 0.05
+
+
+@pytest.mark.parametrize("scheme", ["W4A16", "W4A16_ASYM", "W8A16"])
+def test_groups_whose_columns_lie_apart(model_of, lowered_of, engine_of, reference_logits, row_error, ids, scheme):
+    model = model_of(scheme, {"group_size": 16, "head": "none"}, tie_word_embeddings=False)
+    changed = {}
+    for name, weight in model.weights.items():
+        if isinstance(weight, QuantWeight):  # one order for all linears that read the same columns, as GPTQ has it
+            order = torch.randperm(weight.shape[1], generator=torch.Generator().manual_seed(weight.shape[1]))
+            tensors = weight.load()._replace(group_index=(order // 16).to(torch.int32))
+            changed[name] = QuantWeight.of(tensors, weight.scheme)
+    graph = lowered_of(apart := model.with_weights(changed))
+    error = row_error(engine_of(graph, model.config).logits(ids), reference_logits(apart, ids))
+    assert np.median(error) < 0.05
+    gathers = [sum(node.op_type == "Gather" for node in each.graph) for each in (graph, lowered_of(model))]
+    # In each of two layers: for query, key and value together, output, gate and up together, and down.
+    assert gathers[0] == gathers[1] + 8
 
 
 @pytest.mark.parametrize("kind", [KINDS[0], KINDS[1] | KINDS[2]], ids=["tied", "untied and biased"])
