@@ -1,5 +1,6 @@
-"""Show what is in a build: layers, schemes, sizes, passes, measurements and the verdict."""
+"""Show what is in a build: layers, schemes, sizes, passes, measurements and the verdict; of a model, its layers."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,22 +16,32 @@ __all__ = ["command"]
 
 
 @click.command()
-@click.argument("build", type=click.Path(path_type=Path))
+@click.argument("build")
 @click.option("--layers", "every_layer", is_flag=True, help="A row for every linear layer instead of a summary.")
 @click.option("--graph", "graphs", is_flag=True, help="Operators before and after each graph pass, and per layer.")
 @click.option("--html", type=click.Path(path_type=Path), help="Write the report as one HTML page to this file.")
 @click.option("--verify", is_flag=True, help="Compare the digest of every file with the manifest's.")
-@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
-def command(build: Path, every_layer: bool, graphs: bool, html: Path | None, verify: bool, as_json: bool) -> None:
-    """Show what is in BUILD: layers, schemes, sizes, passes, measurements and the verdict."""
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON; of a model, its layers.")
+def command(build: str, every_layer: bool, graphs: bool, html: Path | None, verify: bool, as_json: bool) -> None:
+    """Show what is in BUILD: layers, schemes, sizes, passes, measurements and the verdict.
+
+    BUILD may also be a model as in a recipe, quantized or not: a checkpoint's directory, a GGUF file, a model on the
+    hub. Then its layers, schemes and sizes are shown.
+    """
     from llmopt.optimizer.cli._files import check_writable
     from llmopt.optimizer.manifest import Manifest
 
     if html is not None:
         check_writable(html)
-    manifest = Manifest.load(build, verify=verify)
+    if _is_model(build):
+        for option, given in {"--graph": graphs, "--html": html is not None, "--verify": verify}.items():
+            if given:
+                raise click.UsageError(f"{option} is for builds, and {build} is a model")
+        _show_model(build, every_layer=every_layer, as_json=as_json)
+        return
+    manifest = Manifest.load(Path(build), verify=verify)
     if html is not None:
-        _write_page(manifest, build, html)
+        _write_page(manifest, Path(build), html)
     if as_json:
         click.echo(manifest.model_dump_json(indent=1))
         return
@@ -45,6 +56,41 @@ def command(build: Path, every_layer: bool, graphs: bool, html: Path | None, ver
         click.echo(f"{html}: the report of {build}")
     if verify:
         click.echo(f"verified: {len(manifest.files)} files are what the manifest says")
+
+
+def _is_model(spec: str) -> bool:
+    """Whether ``spec`` names a model rather than a build: no directory of ours, but what a recipe may name."""
+    from llmopt.optimizer.hub import looks_like_id
+
+    path = Path(spec)
+    if path.is_dir():
+        from llmopt.optimizer.manifest import MANIFEST_NAME
+
+        return (path / "config.json").is_file() and not (path / MANIFEST_NAME).is_file()
+    return spec.startswith("pypi:") or path.is_file() or (looks_like_id(spec) and not path.parent.is_dir())
+
+
+def _show_model(spec: str, *, every_layer: bool, as_json: bool) -> None:
+    import json
+
+    from llmopt.optimizer.cache import cache_root
+    from llmopt.optimizer.cli._console import open_console
+    from llmopt.optimizer.contents import layers_of
+    from llmopt.optimizer.sources import load_model
+
+    model = load_model(spec, cache=cache_root())
+    layers = layers_of(model, [])
+    if as_json:
+        shown = [layer.model_dump(mode="json", exclude={"error"}) for layer in layers]
+        click.echo(json.dumps({"model": spec, "architecture": model.arch.name, "layers": shown}, indent=1))
+        return
+    console = open_console()
+    console.print(f"model    {spec} ({model.arch.name})", soft_wrap=True)
+    console.print(f"source   sha256 {model.source.digest}", soft_wrap=True)
+    for note in model.source.notes:
+        console.print(f"         {note}", soft_wrap=True)
+    console.print()
+    _print_layers(layers, console, every_layer=every_layer)
 
 
 def _write_page(manifest: "Manifest", build: Path, html: Path) -> None:
@@ -78,6 +124,8 @@ def _show(manifest: "Manifest", console: "Console", *, every_layer: bool) -> Non
 
     console.print(f"model    {manifest.source.spec} ({manifest.architecture})", soft_wrap=True)
     console.print(f"source   sha256 {manifest.source.digest}", soft_wrap=True)
+    for note in manifest.source.notes:
+        console.print(f"         {note}", soft_wrap=True)
     for engine in manifest.engines:
         console.print(
             f"engine   {engine.path}: {engine.exporter} for {engine.target}, {engine.num_layers} layers, "
@@ -91,7 +139,7 @@ def _show(manifest: "Manifest", console: "Console", *, every_layer: bool) -> Non
     if manifest.calibration is not None:
         console.print(f"text     {manifest.calibration.describe()}", soft_wrap=True)
     console.print()
-    _print_layers(manifest, console, every_layer=every_layer)
+    _print_layers(manifest.layers, console, every_layer=every_layer)
     _print_passes(manifest, console)
     if manifest.measurements:
         console.print(measurements_table(manifest.measurements))
@@ -101,19 +149,19 @@ def _show(manifest: "Manifest", console: "Console", *, every_layer: bool) -> Non
         console.print(f"verdict: {manifest.verdict.status} (the recipe has no gates)")
 
 
-def _print_layers(manifest: "Manifest", console: "Console", *, every_layer: bool) -> None:
+def _print_layers(layers: "Sequence[Layer]", console: "Console", *, every_layer: bool) -> None:
     from rich.table import Table
 
     table = Table(title="linear layers", title_justify="left")
     table.add_column("layer", no_wrap=True)
     for name in ("n", "shape", "scheme", "MB", "error"):
         table.add_column(name, justify="left" if name in ("shape", "scheme") else "right")
-    for row in _rows(manifest, every_layer=every_layer):
+    for row in _rows(layers, every_layer=every_layer):
         error = "" if row.error is None else f"{row.error:.4f}"
         table.add_row(row.label, str(row.count), row.shape, row.scheme, f"{row.size / 1e6:.2f}", error)
-    total = sum(layer.bytes for layer in manifest.layers)
+    total = sum(layer.bytes for layer in layers)
     table.add_section()
-    table.add_row("all", str(len(manifest.layers)), "", "", f"{total / 1e6:.2f}", "")
+    table.add_row("all", str(len(layers)), "", "", f"{total / 1e6:.2f}", "")
     console.print(table)
 
 
@@ -127,10 +175,10 @@ class _Row:
     error: float | None
 
 
-def _rows(manifest: "Manifest", *, every_layer: bool) -> list[_Row]:
+def _rows(every: "Sequence[Layer]", *, every_layer: bool) -> list[_Row]:
     """A row per layer, or per set of layers that differ only in their number: sizes summed, errors averaged."""
     groups: dict[tuple[str, str, str], list[Layer]] = {}
-    for layer in manifest.layers:
+    for layer in every:
         parts = layer.name.split(".")
         label = layer.name if every_layer else ".".join("*" if part.isdigit() else part for part in parts)
         shape = "x".join(str(size) for size in layer.shape)

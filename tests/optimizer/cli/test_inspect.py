@@ -300,3 +300,25 @@ def test_a_build_of_another_schema_is_told(inspect, copy: Path) -> None:
     code, _, error = inspect(copy)
     assert code == 2
     assert "manifest.json has schema 2, this llmopt reads 1\nhint: build it again with this version\n" in error
+
+
+def test_a_model_shows_its_layers(tiny_llama_bf16: Path, inspect) -> None:
+    code, out, _ = inspect(tiny_llama_bf16)
+    assert code == 0
+    assert f"{tiny_llama_bf16} (llama)" in out.replace("\n", "")
+    assert re.search(r"model\.layers\.\*\.mlp\.up_proj.*3.*128x64.*bfloat16", out)
+
+
+def test_a_models_layers_are_json_too(tiny_llama: Path, inspect) -> None:
+    code, out, _ = inspect(tiny_llama, "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["architecture"] == "llama"
+    assert found["layers"][-1] == {"name": "lm_head", "shape": [512, 64], "scheme": "float32", "bytes": 512 * 64 * 4}
+
+
+@pytest.mark.parametrize("option", ["--graph", "--verify", "--html=page.html"])
+def test_what_only_builds_have_is_refused_for_a_model(option: str, tiny_llama: Path, inspect) -> None:
+    code, _, err = inspect(tiny_llama, option)
+    assert code == 2
+    assert "is for builds" in err
