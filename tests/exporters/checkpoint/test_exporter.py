@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from compressed_tensors.entrypoints.convert.converters.autoawq import AutoAWQConverter
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig, FineGrainedFP8Config
 
 from llmopt.calibration.reference import Reference
 from llmopt.exporters.checkpoint.exporter import Checkpoint
@@ -17,6 +18,7 @@ from llmopt.optimizer.errors import UnsupportedError
 from llmopt.optimizer.model import Model
 from llmopt.optimizer.sources import load_model
 from llmopt.optimizer.tokens import Tokens
+from llmopt.passes.dequantize import Dequantize
 from llmopt.passes.gptq import Gptq
 from llmopt.passes.round_to_nearest import RoundToNearest
 
@@ -166,3 +168,31 @@ def test_gpt_2_s_own_kind_of_linears_is_refused_where_they_are_packed(family_of,
     with pytest.raises(UnsupportedError, match="Conv1D"):
         Checkpoint().check(model)
     Checkpoint(format="safetensors").check(model)
+
+
+def test_transformers_reads_blocks_of_fp8_as_the_reference_does(llama_of, tmp_path: Path, export) -> None:
+    source = load_model(str(llama_of(hidden_size=128, head_dim=32, tie_word_embeddings=False)), cache=tmp_path)
+    made = quantized(source, scheme="FP8_BLOCK")
+    # Its FP8 kernels need a GPU: on a CPU it makes floats of the weights, and rounds no inputs.
+    how = {"quantization_config": FineGrainedFP8Config(dequantize=True)}
+    network = AutoModelForCausalLM.from_pretrained(export(made, format="fp8"), dtype=torch.float32, **how)
+    in_float = Dequantize().run(made, PassContext())
+    for name, weight in in_float.weights.items():
+        assert torch.equal(network.get_parameter(name), weight.dense())
+    with torch.no_grad():
+        torch.testing.assert_close(network(IDS).logits, Reference(in_float).logits(IDS), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scheme", ["W4A16", "W4A16_ASYM"])
+def test_compressed_tensors_own_converter_reads_awq_as_we_do(scheme: str, model, tmp_path: Path) -> None:
+    made = quantized(model, scheme=scheme, group_size=16, head="none")
+    awq = Checkpoint(format="awq").write(made, tmp_path / "awq", PassContext())
+    assert awq.format == "awq"
+    settings = json.loads((tmp_path / "awq/config.json").read_text())["quantization_config"]
+    theirs = AutoAWQConverter(group_size=settings["group_size"]).process(load_file(tmp_path / "awq/model.safetensors"))
+    again = load_model(str(tmp_path / "awq"), cache=tmp_path)
+    Checkpoint(dtype="float16").write(again, tmp_path / "ours", PassContext())
+    ours = load_file(tmp_path / "ours/model.safetensors")
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name], tensor.to(ours[name].dtype)), name
