@@ -16,18 +16,21 @@ from llmopt.benchmarks.quantizers.judge import (
     Figures,
     Judge,
     Size,
+    Theirs,
     size_of,
     with_our_weights,
     with_rounded_tables,
     with_their_weights,
 )
-from llmopt.benchmarks.quantizers.packed import Stored, read_checkpoint, read_tensors
 from llmopt.benchmarks.quantizers.peers import PEERS, make_environment, run_peer
 from llmopt.benchmarks.quantizers.rows import OURS, Row
 from llmopt.benchmarks.quantizers.subject import Subject
 from llmopt.optimizer.cache import digest_of, sources_digest
+from llmopt.optimizer.checkpoint import as_floats, open_checkpoint
 from llmopt.optimizer.errors import InputError, LlmoptError
+from llmopt.optimizer.hf_config import read_json
 from llmopt.optimizer.manifest import sha256_of
+from llmopt.optimizer.quantized.reader import quantization_of, read_quantized
 
 __all__ = ["Bench", "Result"]
 
@@ -104,18 +107,18 @@ class Bench:
 
     def _new(self, row: Row) -> Result:
         program = _program(row)
-        output = self.folder / "quantized" / row.name
+        output, theirs = self.folder / "quantized" / row.name, None
         shutil.rmtree(output, ignore_errors=True)
         output.parent.mkdir(parents=True, exist_ok=True)
         try:
             if row.program == OURS:
                 finished = self._run_passes(row, output)
-                model, stored = with_our_weights(self.subject.model, output) if row.passes else self.subject.model, None
+                model = with_our_weights(self.subject.model, output) if row.passes else self.subject.model
             else:
                 finished = self._run_peer(row, output)
-                stored = _read(row, output)
-                model = with_their_weights(self.subject.model, stored)
-            size = size_of(model, stored)
+                theirs = _read(row, output)
+                model = with_their_weights(self.subject.model, theirs)
+            size = size_of(model, theirs)
             figures = self.judge.figures(with_rounded_tables(model) if row.rounds_head else model)
         except LlmoptError as error:
             return Result(row, program, error=_last_line(error))
@@ -156,20 +159,19 @@ def _from_plain(row: Row, plain: Mapping[str, Any]) -> Result:
     return Result(row, plain["program"], finished, Figures(**figures), size)
 
 
-def _read(row: Row, output: Path) -> Stored:
-    """What another program wrote; every linear that it was to pack must be among it.
+def _read(row: Row, output: Path) -> Theirs:
+    """What another program wrote.
 
     Raises:
         InputError: It cannot be read, or nothing is packed.
     """
-    if row.program == "nncf":
-        bits: Mapping[str, int] = json.loads((output / "bits.json").read_text("utf-8"))
-        stored = Stored(read_tensors(output), bits)
-    else:
-        stored = read_checkpoint(output)
-    if not stored.bits:
+    tensors, bits = open_checkpoint(output), output / "bits.json"
+    if bits.is_file() and (counted := json.loads(bits.read_text("utf-8"))):
+        return Theirs(as_floats(tensors), counted)
+    quantization = None if bits.is_file() else quantization_of(read_json(output / "config.json"), output)
+    if quantization is None:
         raise InputError(f"{row.name}: the program packed no weight at all")
-    return stored
+    return Theirs(read_quantized(tensors, quantization, output).weights)
 
 
 def _threads(count: int) -> dict[str, str]:

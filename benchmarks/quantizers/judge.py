@@ -1,20 +1,29 @@
 """The one judge of all rows: our float32 reference on dequantized weights, against the float model on the same text."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from llmopt.benchmarks.quantizers.packed import Stored
 from llmopt.calibration.reference import Reference
 from llmopt.evaluation.measure import compare_states
-from llmopt.optimizer.model import DenseWeight, Model, QuantTensors, QuantWeight, Weight
+from llmopt.optimizer.model import DenseWeight, Model, QuantTensors, Weight
 from llmopt.optimizer.scheme import PRESETS
 from llmopt.optimizer.weight_rounding import round_weight
 from llmopt.optimizer.weight_store import read_weights
 
-__all__ = ["Figures", "Judge", "Size", "size_of", "with_our_weights", "with_rounded_tables", "with_their_weights"]
+__all__ = [
+    "Figures",
+    "Judge",
+    "Size",
+    "Theirs",
+    "size_of",
+    "with_our_weights",
+    "with_rounded_tables",
+    "with_their_weights",
+]
 
 _TABLES = PRESETS["W8A16"].with_group_size(32)
 
@@ -68,6 +77,19 @@ class Size:
         return self.bits / self.weights
 
 
+@dataclass(frozen=True, slots=True)
+class Theirs:
+    """What another program wrote.
+
+    Attributes:
+        weights: By parameter name.
+        bits: What a linear takes, where its weight is in float only because its own format is none that is read here.
+    """
+
+    weights: Mapping[str, Weight]
+    bits: Mapping[str, int] = field(default_factory=dict)
+
+
 class Judge:
     """Holds what leaves the float model's last layer, computed once for all rows.
 
@@ -97,15 +119,13 @@ def with_our_weights(model: Model, directory: Path) -> Model:
     return model.with_weights({name: _as_stored(weight) for name, weight in read_weights(directory).items()})
 
 
-def with_their_weights(model: Model, stored: Stored) -> Model:
-    """The model with the weights of another program, but for embedding and head, which the judge treats alike."""
-    tables = _tables(model)
-    changed = {
-        name: DenseWeight.of(tensor)
-        for name, tensor in stored.weights.items()
-        if name in model.weights and name not in tables
-    }
-    return model.with_weights(changed)
+def with_their_weights(model: Model, theirs: Theirs) -> Model:
+    """The model with the weights of another program, but for embedding and head, which the judge treats alike.
+
+    Scales of groups are what float16 holds of them.
+    """
+    names = model.weights.keys() - _tables(model)
+    return model.with_weights({name: _as_stored(weight) for name, weight in theirs.weights.items() if name in names})
 
 
 def with_rounded_tables(model: Model) -> Model:
@@ -118,8 +138,8 @@ def with_rounded_tables(model: Model) -> Model:
     return model.with_weights(changed)
 
 
-def size_of(model: Model, stored: Stored | None = None) -> Size:
-    """What the decoder's linears take; ``stored`` says so where another program packed them.
+def size_of(model: Model, theirs: Theirs | None = None) -> Size:
+    """What the decoder's linears take; ``theirs`` says so where another program packed them in its own way.
 
     Scales of groups take 16 bits, others 32; what is in float takes 16 bits a number.
     """
@@ -130,7 +150,7 @@ def size_of(model: Model, stored: Stored | None = None) -> Size:
         weight = model.weights[model.weight_of(module)]
         count = weight.shape[0] * weight.shape[1]
         weights += count
-        packed = None if stored is None else stored.bits.get(module)
+        packed = None if theirs is None else theirs.bits.get(module)
         bits += _bits(weight, count) if packed is None else packed
     return Size(bits, weights)
 
@@ -141,7 +161,8 @@ def _bits(weight: Weight, count: int) -> int:
     spec = weight.scheme.weights
     rows, groups = spec.scale_shape(weight.shape[0], weight.shape[1])
     scale = 16 if spec.strategy == "group" else 32
-    return count * spec.num_bits + rows * groups * (scale + (0 if spec.symmetric else spec.num_bits))
+    index = 32 * weight.shape[1] if weight.has_group_index else 0
+    return count * spec.num_bits + rows * groups * (scale + (0 if spec.symmetric else spec.num_bits)) + index
 
 
 def _tables(model: Model) -> set[str]:
@@ -157,4 +178,4 @@ def _as_stored(weight: Weight) -> Weight:
         tensors = weight.load()
         return tensors._replace(scale=tensors.scale.half().float())
 
-    return QuantWeight(weight.shape, weight.scheme, load)
+    return replace(weight, load=load)

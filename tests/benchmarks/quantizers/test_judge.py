@@ -5,12 +5,12 @@ import torch
 
 from llmopt.benchmarks.quantizers.judge import (
     Judge,
+    Theirs,
     size_of,
     with_our_weights,
     with_rounded_tables,
     with_their_weights,
 )
-from llmopt.benchmarks.quantizers.packed import Stored
 from llmopt.benchmarks.quantizers.run_passes import quantized, recipe_of
 from llmopt.optimizer.model import DenseWeight, Model, QuantWeight
 from llmopt.optimizer.sources import load_model
@@ -55,14 +55,14 @@ def test_four_bits_in_groups_of_32_take_four_and_a_half(model: Model, tmp_path: 
 
 def test_sizes_of_packed_weights_are_what_their_reader_counted(model: Model) -> None:
     linears = [module for module in model.linears() if module != model.arch.head]
-    stored = Stored({}, dict.fromkeys(linears, 1000))
-    assert size_of(model, stored).bits == 1000 * len(linears)
+    assert size_of(model, Theirs({}, dict.fromkeys(linears, 1000))).bits == 1000 * len(linears)
 
 
 def test_embedding_and_head_of_another_program_do_not_count(model: Model) -> None:
     name, table = "model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight"
-    stored = Stored({name: torch.zeros(128, 64), table: torch.zeros(512, 64), "unknown": torch.zeros(1)}, {})
-    theirs = with_their_weights(model, stored)
+    shapes = {name: (128, 64), table: (512, 64), "unknown": (1,)}
+    stored = {each: DenseWeight.of(torch.zeros(shape)) for each, shape in shapes.items()}
+    theirs = with_their_weights(model, Theirs(stored))
     assert not theirs.weights[name].dense().any()
     assert theirs.weights[table] is model.weights[table]
     assert theirs.weights.keys() == model.weights.keys()
