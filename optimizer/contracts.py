@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["CalibrationText", "Exporter", "Feature", "GraphPass", "PassContext", "QuantPass", "WeightPass"]
 
 
-Feature = Literal["an online rotation", "an int8 cache"]
+Feature = Literal["an online rotation", "an int8 cache", "an int8 cache with a scale per channel"]
 """What a pass may add to a model that not everything an exporter writes has a place for."""
 
 
@@ -139,8 +139,10 @@ class GraphPass(_Options):
 class Exporter(_Options):
     """Writes an engine or a checkpoint."""
 
-    holds: ClassVar[frozenset[Feature]] = frozenset(get_args(Feature))
-    """What it can write of a model beside its weights."""
+    @property
+    def holds(self) -> frozenset[Feature]:
+        """What it can write of a model beside its weights."""
+        return frozenset(get_args(Feature))
 
     @abstractmethod
     def check(self, model: "Model") -> None:

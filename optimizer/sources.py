@@ -21,6 +21,7 @@ from llmopt.optimizer.hf_config import complete, read_json
 from llmopt.optimizer.model import Model, QuantWeight, Source, Weight
 from llmopt.optimizer.parameters import expected_parameters, in_our_names, weight_shapes
 from llmopt.optimizer.quantized.reader import Reading, quantization_of, read_quantized
+from llmopt.optimizer.resolver import describe
 
 __all__ = ["load_model", "locate"]
 
@@ -92,6 +93,7 @@ def _load_directory(directory: Path, cache: Path) -> _Loaded:
     weights = in_our_names(stored.weights, parameters, arch, directory)
     _settle_tie(config, arch, weights, shapes)
     unused = _drop_unused_biases(weights, shapes)
+    shapes |= _cache_scales(config, arch, weights)
     weights = fit_to_shapes(weights, shapes, directory)
     present = [name for name in tokenizer_files.TOKENIZER_FILES if (directory / name).is_file()]
     names = ["config.json", *present, *(path.name for path in weight_files(directory))]
@@ -100,6 +102,13 @@ def _load_directory(directory: Path, cache: Path) -> _Loaded:
     files = file_digests({name: directory / name for name in names}, cache)
     tokenizer_dir = tokenizer_files.prepare(directory, config, {name: files[name] for name in present}, cache)
     return _Loaded(arch, config, weights, files, tokenizer_dir, (*stored.notes, *unused))
+
+
+def _cache_scales(config: Mapping[str, Any], arch: Arch, weights: Mapping[str, Weight]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the scales of a quantized cache: one number each, in every layer or in none."""
+    layers = describe(arch, config, weights.keys()).layers
+    names = [name for layer in layers for name in layer.attention.cache_scales]
+    return dict.fromkeys(names, (1,)) if any(name in weights for name in names) else {}
 
 
 def _drop_unused_biases(weights: dict[str, Weight], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:

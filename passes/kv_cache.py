@@ -35,7 +35,7 @@ class KvCache(WeightPass):
     @property
     def adds(self) -> frozenset[Feature]:
         """See ``WeightPass.adds``."""
-        return frozenset({"an int8 cache"})
+        return frozenset({"an int8 cache" if self.strategy == "tensor" else "an int8 cache with a scale per channel"})
 
     def requires(self, model: Model) -> None:
         """See ``WeightPass.requires``."""

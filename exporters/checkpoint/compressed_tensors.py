@@ -21,6 +21,16 @@ __all__ = ["CompressedTensors"]
 _VERSION = "0.15.0"
 """Of compressed-tensors that is needed at least."""
 
+_INT8_CACHE = {
+    "num_bits": 8,
+    "type": "int",
+    "symmetric": True,
+    "strategy": "tensor",
+    "dynamic": False,
+    "observer": "minmax",
+}
+"""With the scales of each layer's attention in ``k_scale`` and ``v_scale``, ``[1]``."""
+
 _Format = Literal["pack-quantized", "int-quantized", "float-quantized"]
 
 
@@ -98,7 +108,7 @@ class CompressedTensors(Layout):
             "format": formats.pop() if len(formats) == 1 else "mixed-precision",
             "quantization_status": "compressed",
             "global_compression_ratio": None,
-            "kv_cache_scheme": None,
+            "kv_cache_scheme": None if model.cache_scales(0) is None else _INT8_CACHE,
             "ignore": linears_in_float(model, packed),
             "config_groups": {
                 f"group_{number}": _group(scheme, ["Linear"] if len(groups) == 1 else modules)

@@ -5,7 +5,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -53,8 +53,6 @@ class Checkpoint(Exporter):
     quantized table of the embedding is written in float, as no loader looks rows up in integers.
     """
 
-    holds: ClassVar[frozenset[Feature]] = frozenset()
-
     format: Format = Field(
         "compressed-tensors",
         description="compressed-tensors, which vLLM and transformers load; gptq, gptq_v2, awq and fp8, each for the "
@@ -65,6 +63,11 @@ class Checkpoint(Exporter):
         description="Of weights in float, and of scales where the format does not settle it (GPTQ and AWQ have "
         "float16, fp8 float32). Omitted: the model's own, float32 if its config names none.",
     )
+
+    @property
+    def holds(self) -> frozenset[Feature]:
+        """See ``Exporter.holds``: compressed-tensors knows caches with one scale for keys and one for values."""
+        return frozenset({"an int8 cache"}) if self.format == "compressed-tensors" else frozenset()
 
     def targets(self) -> list[Target]:
         """See ``Exporter.targets``: none, other programs execute it."""

@@ -25,6 +25,8 @@ SIDE_FILES: Mapping[str, str] = {
 
 _CACHE_SCALES = re.compile(r"\.(q|k|v|kv|prob|k_proj\.output|v_proj\.output|k_proj\.k|v_proj\.v)_scale$")
 
+_INT8_SCALES = (".k_scale", ".v_scale")
+
 _SAME = (("bits", "w_bit"), ("group_size", "q_group_size"), ("sym",), ("zero_point",), ("quant_algo",))
 """Entries that two configs of one checkpoint have to agree about, under all of their names."""
 
@@ -160,11 +162,19 @@ def read_quantized(tensors: Mapping[str, FileTensor], quantization: Quantization
     weights = {f"{module}.weight": form.read(module, stored, quantization.settings) for module in modules}
     used = {f"{module}.{parameter}" for module in modules for parameter in form.parameters}
     rest = {name: tensor for name, tensor in tensors.items() if name not in used}
-    scales = [name for name in rest if _CACHE_SCALES.search(name)]
+    kept = _has_int8_cache(quantization.settings)
+    scales = [name for name in rest if _CACHE_SCALES.search(name) and not (kept and name.endswith(_INT8_SCALES))]
     notes = (f"scales of a quantized cache are left out, it stays in float: {some(scales)}",) if scales else ()
     _refuse_other_formats([name for name in rest if name not in scales], quantization.method, where)
     floats = as_floats({name: tensor for name, tensor in rest.items() if name not in scales})
     return Reading({**floats, **weights}, notes)
+
+
+def _has_int8_cache(settings: Mapping[str, Any]) -> bool:
+    """Whether the cache is one that engines have: int8 with one scale for a layer's keys, and one for its values."""
+    scheme = settings.get("kv_cache_scheme") or {}
+    wanted = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False}
+    return all(scheme.get(name) == value for name, value in wanted.items())
 
 
 def _refuse_other_formats(names: Collection[str], method: str, where: object) -> None:

@@ -543,7 +543,10 @@ def test_definitions_of_two_passes_with_one_name_are_kept_apart(plugins, monkeyp
 
 @pytest.mark.parametrize(
     ("step", "feature"),
-    [("rotate: {online: {down_proj: 64}}", "an online rotation"), ("kv_cache", "an int8 cache")],
+    [
+        ("rotate: {online: {down_proj: 64}}", "an online rotation"),
+        ("kv_cache", "an int8 cache with a scale per channel"),
+    ],
 )
 def test_what_a_checkpoint_has_no_place_for_is_refused_at_the_pass_that_makes_it(step, feature, mistakes) -> None:
     (found,) = mistakes(f"{HEAD}passes:\n  - {step}\nexport:\n  - checkpoint: {{}}\n")

@@ -20,6 +20,7 @@ from llmopt.optimizer.sources import load_model
 from llmopt.optimizer.tokens import Tokens
 from llmopt.passes.dequantize import Dequantize
 from llmopt.passes.gptq import Gptq
+from llmopt.passes.kv_cache import KvCache
 from llmopt.passes.round_to_nearest import RoundToNearest
 
 IDS = torch.randint(3, 500, (4, 24), generator=torch.Generator().manual_seed(0))
@@ -168,6 +169,19 @@ def test_gpt_2_s_own_kind_of_linears_is_refused_where_they_are_packed(family_of,
     with pytest.raises(UnsupportedError, match="Conv1D"):
         Checkpoint().check(model)
     Checkpoint(format="safetensors").check(model)
+
+
+def test_a_quantized_cache_is_the_loaders_too(model, export, tmp_path: Path) -> None:
+    tokens = Tokens(name="it", ids=IDS, digest="0")
+    in_float = quantized(model, **{**W4, "head": "none"})
+    made = KvCache(strategy="tensor").run(in_float, PassContext(calibration=lambda: tokens))
+    directory = export(made)
+    expected = Reference(made).logits(IDS)
+    torch.testing.assert_close(logits(directory), expected, rtol=1e-4, atol=1e-4)
+    assert (expected - Reference(in_float).logits(IDS)).abs().max() > 1e-2
+    again = load_model(str(directory), cache=tmp_path)
+    assert again.weights.keys() == made.weights.keys()
+    assert torch.equal(again.cache_scales(1)[0].dense(), made.cache_scales(1)[0].dense())
 
 
 def test_transformers_reads_blocks_of_fp8_as_the_reference_does(llama_of, tmp_path: Path, export) -> None:
