@@ -13,7 +13,7 @@ import torch
 from llmopt.optimizer.build_record import RECORD_NAME, BuildRecord
 from llmopt.optimizer.cache import digest_of, locked, publish
 from llmopt.optimizer.contents import layers_of, sizes_of
-from llmopt.optimizer.contracts import PassContext
+from llmopt.optimizer.contracts import PassContext, QuantPass
 from llmopt.optimizer.errors import InputError, ResourceError
 from llmopt.optimizer.gates import Gate
 from llmopt.optimizer.manifest import (
@@ -95,7 +95,8 @@ def build(
             engines, checkpoints, graph_passes = _export(recipe, model, directory, progress)
             _copy_tokenizer(model, directory)
         with record.step("measure"):
-            measurements, verdict = _measure(recipe, source, model, engines, texts, directory, progress)
+            judged = model if engines else _as_written(checkpoints[0], directory, cache)
+            measurements, verdict = _measure(recipe, source, judged, engines, texts, directory, progress)
         manifest = Manifest(
             llmopt=version("llmopt"),
             versions=_versions(),
@@ -149,13 +150,13 @@ def _check(recipe: Recipe, model: Model, output: Path) -> None:
     """What can be found out before any tensor is read: does the model fit the recipe, and the disk the files."""
     check_model(recipe, model)
     needed = 0
+    quantizes = any(isinstance(step.instance, QuantPass) for step in recipe.passes)
     for item in recipe.export:
-        needed += item.instance.estimate(model)
+        # The estimate is of the model as it is: one that is quantized after it needs no more than half of it.
+        needed += item.instance.estimate(model) // (2 if quantizes else 1)
         _check_gates(recipe.accept, item.instance.longest(model))
     parent = next(folder for folder in output.absolute().parents if folder.exists())
     free = shutil.disk_usage(parent).free
-    # The estimate is of the unquantized model; a recipe that quantizes needs no more than half of it.
-    needed = needed // 2 if recipe.passes else needed
     if needed > free:
         raise ResourceError(
             f"the build needs about {needed / 1e9:.1f} GB, the disk of {parent} has {free / 1e9:.1f} GB free",
@@ -242,8 +243,7 @@ def _measure(
     directory: Path,
     progress: Progress,
 ) -> tuple[list[Measurement], Verdict]:
-    """Measure the engine against the source model on the gates' texts, and judge it; without one, the model as it is
-    behind the passes, before a checkpoint rounds its scales and floats.
+    """Measure the engine against the source model on the gates' texts, and judge it; without one, ``model``.
 
     A recipe without gates is measured on text sampled from the model, so that no build goes unmeasured.
     """
@@ -270,6 +270,11 @@ def _measure(
     with progress.step("measure") as tick:
         measurements = measure(source, engine, texts, threads=threads, progress=tick)
     return measurements, judge(recipe.accept, measurements)
+
+
+def _as_written(checkpoint: Checkpoint, directory: Path, cache: Path) -> Model:
+    """The model as other programs will read it: with scales and floats in the dtype that they were written in."""
+    return load_model(str(directory / checkpoint.path), cache=cache)
 
 
 def _may_pack(recipe: Recipe, model: Model, directory: Path) -> bool:

@@ -127,6 +127,10 @@ class QuantPass(WeightPass):
         That option is among those of ``schemes()``, unless it keeps the linear in floating point.
         """
 
+    def possible(self, model: "Model") -> dict[str, tuple[str, ...]]:
+        """Each linear of ``model`` with every option that may decide about it: several where the pass chooses."""
+        return {module: (option,) for module, option in self.deciding(model).items()}
+
 
 class GraphPass(_Options):
     """One rewrite of a graph. It records how often it applied and why it declined a near-match."""

@@ -4,6 +4,7 @@ from llmopt.optimizer.contracts import Exporter, QuantPass
 from llmopt.optimizer.errors import UnsupportedError
 from llmopt.optimizer.model import Model, QuantWeight
 from llmopt.optimizer.recipe import Recipe
+from llmopt.optimizer.scheme import Scheme
 
 __all__ = ["check_as_it_is", "check_model"]
 
@@ -46,21 +47,24 @@ def check_as_it_is(model: Model, exporter: Exporter) -> None:
 
 def _check_modules(recipe: Recipe, model: Model) -> None:
     """Experts run fewer schemes than linears do, some schemes need certain widths, and only the model shows them."""
-    experts = model.decoder.expert_linears
     for i, step in enumerate(recipe.passes):
         if not isinstance(step.instance, QuantPass):
             continue
-        schemes, deciding = step.instance.schemes(), step.instance.deciding(model)
-        for module, option in deciding.items():
-            if option not in schemes:
-                continue
-            shape, is_expert = model.weights[model.weight_of(module)].shape, module in experts
-            for item in recipe.export:
-                reason = item.instance.refusal(schemes[option], experts=is_expert, shape=shape)
-                if reason is not None:
-                    what = f"{module} is an expert" if is_expert else module
-                    hint = "leave experts out of that override, and the option experts decides about them"
-                    raise UnsupportedError(
-                        f"passes.{i}.{step.name}.{option}: {what}: {reason}",
-                        hint=hint if is_expert else "give this module another scheme with overrides",
-                    )
+        schemes = step.instance.schemes()
+        for module, options in step.instance.possible(model).items():
+            for option in options:
+                if option in schemes:
+                    _check_module(recipe, model, f"passes.{i}.{step.name}.{option}", module, schemes[option])
+
+
+def _check_module(recipe: Recipe, model: Model, place: str, module: str, scheme: Scheme) -> None:
+    shape, is_expert = model.weights[model.weight_of(module)].shape, module in model.decoder.expert_linears
+    for item in recipe.export:
+        reason = item.instance.refusal(scheme, experts=is_expert, shape=shape)
+        if reason is not None:
+            what = f"{module} is an expert" if is_expert else module
+            hint = "leave experts out of that override, and the option experts decides about them"
+            raise UnsupportedError(
+                f"{place}: {what}: {reason}",
+                hint=hint if is_expert else "give this module another scheme with overrides",
+            )

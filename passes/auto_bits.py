@@ -85,6 +85,18 @@ class AutoBits(QuantPass):
             for module, option in fixed.items()
         }
 
+    def possible(self, model: Model) -> dict[str, tuple[str, ...]]:
+        """See ``QuantPass.possible``: experts get candidates that leave inputs in float."""
+        experts = model.decoder.expert_linears
+        every = tuple(f"candidates.{i}" for i in range(len(self.candidates)))
+        weight_only = tuple(
+            option for option, each in zip(every, self.candidates, strict=True) if each.scheme.input_activations is None
+        )
+        return {
+            module: (weight_only if module in experts else every) if option.startswith("candidates.") else (option,)
+            for module, option in self.deciding(model).items()
+        }
+
     def requires(self, model: Model) -> None:
         """See ``WeightPass.requires``. A budget that no choice fits is refused here, but for one of time."""
         if self._quantizer(self.candidates[0].sized).leaves_floats:

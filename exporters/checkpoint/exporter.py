@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -93,9 +94,17 @@ class Checkpoint(Exporter):
                 hint="export it with format: safetensors",
             )
 
+    def longest(self, model: Model) -> int | None:
+        """See ``Exporter.longest``: what a table of learned positions allows."""
+        return None if model.decoder.positions is None else model.decoder.max_positions
+
     def estimate(self, model: Model) -> int:
-        """See ``Exporter.estimate``: weights as stored."""
-        return sum(weight.nbytes for weight in model.weights.values())
+        """See ``Exporter.estimate``: floats in ``dtype``, quantized weights as they are, or as floats too."""
+        width = _DTYPES[self.dtype or _own_dtype(model)].itemsize
+        return sum(
+            weight.nbytes if isinstance(weight, QuantWeight) and self._layout else width * prod(weight.shape)
+            for weight in model.weights.values()
+        )
 
     def export(self, model: Model, directory: Path, context: PassContext) -> tuple[CheckpointEntry, list[PassRecord]]:
         """See ``Exporter.export`` and ``write``."""

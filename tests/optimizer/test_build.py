@@ -358,6 +358,12 @@ def test_a_checkpoint_alone_is_measured_and_judged(make, tmp_path: Path) -> None
     assert "compressed-tensors" in (tmp_path / "out/it/report.html").read_text()
 
 
+def test_a_checkpoint_is_judged_as_it_was_written(make) -> None:
+    manifest = make(passes=[], export=[{"checkpoint": {"format": "safetensors", "dtype": "bfloat16"}}])
+    (kl, *_) = (each.value for each in manifest.measurements if each.metric == "kl")
+    assert 0 < kl < 0.01  # floats were rounded to bfloat16, and nothing else happened
+
+
 def test_an_engine_and_a_checkpoint_come_from_one_build(make) -> None:
     manifest = make(export=[{"onnx": {"target": "cpu"}}, {"checkpoint": {}}])
     assert len(manifest.engines) == len(manifest.checkpoints) == 1

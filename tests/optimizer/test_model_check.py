@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from llmopt.optimizer.contracts import PassContext
 from llmopt.optimizer.errors import LlmoptError, PassError, UnsupportedError
 from llmopt.optimizer.model import DenseWeight, Model
 from llmopt.optimizer.model_check import check_model
 from llmopt.optimizer.recipe import Recipe
 from llmopt.optimizer.sources import load_model
+from llmopt.passes.round_to_nearest import RoundToNearest
 
 
 @pytest.fixture
@@ -65,3 +67,28 @@ def test_experts_get_no_scheme_that_no_kernel_runs(recipe_of, family_of: Callabl
     model = unread(load_model(str(source), cache=tmp_path))
     with pytest.raises(UnsupportedError, match="is an expert"):
         check_model(recipe_of(source, scheme="W8A8", overrides=overrides), model)
+
+
+def test_every_candidate_of_a_search_has_to_be_written(recipe_of, llama_of, tmp_path: Path) -> None:
+    source = llama_of(hidden_size=128, head_dim=32)  # of whose linears some have 64 rows: no whole block of 128
+    model = unread(load_model(str(source), cache=tmp_path))
+    search = {"budget": {"bits": 8.5}, "candidates": ["FP8_DYNAMIC", "FP8_BLOCK"], "method": "round_to_nearest"}
+    settings = {"version": 1, "model": str(source), "passes": [{"auto_bits": search}], "export": [{"checkpoint": {}}]}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(settings))
+    with pytest.raises(UnsupportedError, match=r"candidates\.1: .*k_proj: compressed-tensors takes whole blocks"):
+        check_model(Recipe.load(tmp_path / "recipe.yaml"), model)
+
+
+def test_what_is_quantized_already_has_to_be_written_as_it_is(tiny_llama: Path, tmp_path: Path) -> None:
+    quantized = RoundToNearest(scheme="W8A8", head="none").run(
+        load_model(str(tiny_llama), cache=tmp_path), PassContext()
+    )
+    settings = {"version": 1, "model": str(tiny_llama), "export": [{"checkpoint": {"format": "gptq"}}]}
+    for passes, refused in (([], True), ([{"dequantize": {}}], False)):
+        (tmp_path / "recipe.yaml").write_text(json.dumps({**settings, "passes": passes}))
+        recipe = Recipe.load(tmp_path / "recipe.yaml")
+        if refused:
+            with pytest.raises(UnsupportedError, match="q_proj is quantized to W8A8 in the model: GPTQ"):
+                check_model(recipe, quantized)
+        else:
+            check_model(recipe, quantized)
