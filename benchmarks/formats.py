@@ -1,0 +1,188 @@
+"""Loads what llmopt writes in the programs it is written for, and compares their logits with our own execution."""
+
+import argparse
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llmopt.benchmarks.child import ChildError
+from llmopt.benchmarks.loaders.programs import LOADERS, OWN
+from llmopt.benchmarks.peer import installed, run_script
+from llmopt.benchmarks.quantizers.run_passes import GivenWindows, quantized, recipe_of
+from llmopt.benchmarks.quantizers.subject import DEFAULT_SPEC
+from llmopt.benchmarks.report import markdown, publish_result, say
+from llmopt.calibration.reference import Reference
+from llmopt.calibration.sampling import Sampling, sample_tokens
+from llmopt.optimizer.cache import cache_root
+from llmopt.optimizer.contracts import PassContext
+from llmopt.optimizer.errors import LlmoptError
+from llmopt.optimizer.loader import load
+from llmopt.optimizer.model import Model
+from llmopt.optimizer.sources import load_model
+from llmopt.optimizer.tokens import Tokens
+
+__all__ = ["ROWS", "Row", "main", "table"]
+
+_W4: Mapping[str, Any] = {"scheme": "W4A16", "group_size": 32, "head": "none"}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A checkpoint and a program that loads it.
+
+    Attributes:
+        form: The format.
+        scheme: Of the linears, as printed.
+        loader: A name in ``LOADERS``.
+        passes: As in a recipe.
+    """
+
+    form: str
+    scheme: str
+    loader: str
+    passes: Sequence[Mapping[str, Mapping[str, Any]]] = ()
+
+
+def _rounded(form: str, name: str, loader: str = OWN, **options: Any) -> Row:
+    return Row(form, name, loader, [{"round_to_nearest": {"head": "none", **options}}])
+
+
+ROWS: tuple[Row, ...] = (
+    Row("safetensors", "float", OWN),
+    _rounded("compressed-tensors", "W4A16 g32", **_W4),
+    _rounded("compressed-tensors", "W8A16", scheme="W8A16"),
+    _rounded("compressed-tensors", "W3A16 g32", **{**_W4, "scheme": "W3A16"}),
+    _rounded(
+        "compressed-tensors",
+        "W4A16 g32, down W8A8",
+        **_W4,
+        overrides=[{"match": "re:.*down_proj", "scheme": "W8A8"}],
+    ),
+    _rounded("compressed-tensors", "W8A8", scheme="W8A8"),
+    _rounded("compressed-tensors", "FP8_DYNAMIC", scheme="FP8_DYNAMIC"),
+    Row(
+        "compressed-tensors",
+        "W4A16 g32, int8 cache",
+        OWN,
+        [{"round_to_nearest": _W4}, {"kv_cache": {"strategy": "tensor"}}],
+    ),
+    _rounded("gptq", "W4A16 g32", "gptqmodel", **_W4),
+    _rounded("gptq", "W8A16 g32", "gptqmodel", **{**_W4, "scheme": "W8A16"}),
+    _rounded("gptq_v2", "W4A16_ASYM g32", "gptqmodel", **{**_W4, "scheme": "W4A16_ASYM"}),
+    _rounded("awq", "W4A16_ASYM g32", "gptqmodel", **{**_W4, "scheme": "W4A16_ASYM"}),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a program made of a checkpoint.
+
+    Attributes:
+        row: Which.
+        difference: The largest of logits; None where it did not load.
+        spread: The standard deviation of our logits.
+        top1: Share of tokens with the same most likely successor.
+        error: The last line of what it said; None where it loaded.
+    """
+
+    row: Row
+    difference: float | None = None
+    spread: float | None = None
+    top1: float | None = None
+    error: str | None = None
+
+
+def table(results: Sequence[Result]) -> str:
+    """One line a row."""
+    header = ["format", "scheme", "loader", "loads", "max difference", "of our logits' deviation", "same top-1"]
+    lines = []
+    for result in results:
+        line = [result.row.form, result.row.scheme, LOADERS[result.row.loader].title]
+        if result.difference is None or result.spread is None:
+            lines.append([*line, f"no: {result.error}".replace("|", "/"), "", "", ""])
+        else:
+            share = result.difference / result.spread
+            lines.append([*line, "yes", f"{result.difference:.2g}", f"{share:.2g}", f"{result.top1:.2%}"])
+    return markdown(header, lines)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What the rows share.
+
+    Attributes:
+        model: In float.
+        text: Sampled from it.
+        folder: Where everything is written.
+        threads: Of every program.
+    """
+
+    model: Model
+    text: Tokens
+    folder: Path
+    threads: int
+
+    def result(self, row: Row) -> Result:
+        """Write a row's checkpoint, load it with its program, compare."""
+        checkpoint, logits = self.folder / "checkpoint", self.folder / "logits.npy"
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        recipe = recipe_of(self.model.source.spec, row.passes, threads=self.threads)
+        made = quantized(self.model, recipe, cache=cache_root(), windows=GivenWindows(self.text))
+        load("exporters", "checkpoint")(format=row.form).write(made, checkpoint, PassContext())
+        try:
+            self._load(row, checkpoint, logits)
+        except LlmoptError as error:
+            return Result(row, error=_last_line(error))
+        written = load_model(str(checkpoint), cache=cache_root())
+        ours = Reference(written, threads=self.threads).logits(self.text.ids)
+        return _compared(row, torch.from_numpy(np.load(logits)), ours)
+
+    def _load(self, row: Row, checkpoint: Path, logits: Path) -> None:
+        loader, ids = LOADERS[row.loader], self.folder / "ids.npy"
+        np.save(ids, self.text.ids.numpy())
+        python = Path(sys.executable) if row.loader == OWN else installed(loader, self.folder.parent / row.loader)
+        given = {"path": str(checkpoint.absolute()), "ids": str(ids.absolute()), "format": row.form}
+        run_script(python, loader, given, output=logits, threads=self.threads)
+
+
+def _compared(row: Row, theirs: Tensor, ours: Tensor) -> Result:
+    same = (theirs.argmax(-1) == ours.argmax(-1)).float().mean()
+    return Result(row, float((theirs - ours).abs().max()), float(ours.std()), float(same))
+
+
+def _last_line(error: LlmoptError) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if isinstance(error, ChildError) else lines[0]
+
+
+def main() -> None:
+    """Write, load, compare, print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--model", default=DEFAULT_SPEC, help="as in a recipe")
+    parser.add_argument("--loaders", nargs="*", default=[], help=f"of {', '.join(LOADERS)}; omitted: all")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("out"))
+    arguments = parser.parse_args()
+    rows = [row for row in ROWS if not arguments.loaders or row.loader in arguments.loaders]
+    folder = arguments.out / "bench" / "loaders" / "work"
+    folder.mkdir(parents=True, exist_ok=True)
+    model = load_model(arguments.model, cache=cache_root())
+    text = sample_tokens(model, Sampling("evaluation", 2, 64), threads=arguments.threads)
+    bench, results = Bench(model, text, folder, arguments.threads), []
+    for number, row in enumerate(rows, start=1):
+        say(f"row {number} of {len(rows)}: {row.form}, {row.scheme}, {row.loader}")
+        results.append(bench.result(row))
+    windows, tokens = text.ids.shape
+    title = f"What other programs load: {arguments.model}, {windows} windows of {tokens} tokens"
+    publish_result(arguments.out, "formats", title, table(results), [asdict(each) for each in results])
+
+
+if __name__ == "__main__":
+    main()
