@@ -95,7 +95,7 @@ def build(
             engines, checkpoints, graph_passes = _export(recipe, model, directory, progress)
             _copy_tokenizer(model, directory)
         with record.step("measure"):
-            judged = model if engines else _as_written(checkpoints[0], directory, cache)
+            judged = model if engines else _as_written(model, checkpoints, directory, cache)
             measurements, verdict = _measure(recipe, source, judged, engines, texts, directory, progress)
         manifest = Manifest(
             llmopt=version("llmopt"),
@@ -194,6 +194,7 @@ def _export(
             checkpoints.append(written)
         else:
             engines.append(written)
+        if graph_records:
             records[written.path] = graph_records
     return engines, checkpoints, records
 
@@ -272,9 +273,14 @@ def _measure(
     return measurements, judge(recipe.accept, measurements)
 
 
-def _as_written(checkpoint: Checkpoint, directory: Path, cache: Path) -> Model:
-    """The model as other programs will read it: with scales and floats in the dtype that they were written in."""
-    return load_model(str(directory / checkpoint.path), cache=cache)
+def _as_written(model: Model, checkpoints: list[Checkpoint], directory: Path, cache: Path) -> Model:
+    """The model as other programs will read it: with scales and floats in the dtype that they were written in.
+
+    Where nothing that was written can be read as a model, such as a graph for another runtime: ``model``.
+    """
+    folders = (directory / each.path for each in checkpoints)
+    readable = next((folder for folder in folders if any(folder.glob("*.safetensors"))), None)
+    return model if readable is None else load_model(str(readable), cache=cache)
 
 
 def _may_pack(recipe: Recipe, model: Model, directory: Path) -> bool:

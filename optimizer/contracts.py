@@ -144,6 +144,11 @@ class Exporter(_Options):
     """Writes an engine or a checkpoint."""
 
     @property
+    @abstractmethod
+    def folder(self) -> str:
+        """Where below the build directory it writes; a build has one export for each."""
+
+    @property
     def holds(self) -> frozenset[Feature]:
         """What it can write of a model beside its weights."""
         return frozenset(get_args(Feature))

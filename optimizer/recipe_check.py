@@ -93,7 +93,8 @@ def _check_exports(document: Document, export: list[Step]) -> None:
         document.problems.append(document.problem(("export",), what, "as in - onnx: {target: cpu}"))
     first: dict[str, Step] = {}
     for each in export:
-        if (other := first.setdefault(each.name, each)) is not each:
+        folder = each.instance.folder if each.instance else each.name
+        if (other := first.setdefault(folder, each)) is not each:
             what = f"this kind is exported already, by {dotted(other.path)}"
             hint = "remove one: a build holds one export of each kind"
             document.problems.append(document.problem(each.path, what, hint, at_key=True))

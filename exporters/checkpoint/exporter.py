@@ -28,8 +28,6 @@ from llmopt.optimizer.target import Target
 
 __all__ = ["Checkpoint"]
 
-_FOLDER = "checkpoint"
-
 _Name = Literal["float32", "bfloat16", "float16"]
 
 _DTYPES: Mapping[_Name, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -64,6 +62,11 @@ class Checkpoint(Exporter):
         description="Of weights in float, and of scales where the format does not settle it (GPTQ and AWQ have "
         "float16, fp8 float32). Omitted: the model's own, float32 if its config names none.",
     )
+
+    @property
+    def folder(self) -> str:
+        """See ``Exporter.folder``."""
+        return "checkpoint"
 
     @property
     def holds(self) -> frozenset[Feature]:
@@ -108,7 +111,7 @@ class Checkpoint(Exporter):
 
     def export(self, model: Model, directory: Path, context: PassContext) -> tuple[CheckpointEntry, list[PassRecord]]:
         """See ``Exporter.export`` and ``write``."""
-        return self.write(model, directory / _FOLDER, context).model_copy(update={"path": _FOLDER}), []
+        return self.write(model, directory / self.folder, context), []
 
     def write(self, model: Model, folder: Path, context: PassContext) -> CheckpointEntry:
         """Write the checkpoint into ``folder``, which is made unless it is there and empty.

@@ -1,4 +1,7 @@
-"""An ONNX engine: the model as a graph with in-place KV, lowered for the target that will execute it."""
+"""An ONNX engine: the model as a graph with in-place KV, lowered for the target that will execute it.
+
+Its flavor decides about inputs and outputs: our runtime's, or those of onnxruntime-genai.
+"""
 
 import importlib.util
 from collections.abc import Callable
@@ -8,6 +11,7 @@ from typing import Literal
 import onnx_ir as ir
 from pydantic import Field
 
+from llmopt.exporters.onnx.genai import with_genai_interface, write_genai_files
 from llmopt.exporters.onnx.lowering import lowered_graph
 from llmopt.exporters.onnx.rope import check_rope, longest_with, rope_note
 from llmopt.exporters.onnx.verify import verify_lowering
@@ -15,7 +19,7 @@ from llmopt.optimizer.contracts import Exporter, PassContext
 from llmopt.optimizer.decoder import Decoder, Rope
 from llmopt.optimizer.errors import MissingExtraError, UnsupportedError
 from llmopt.optimizer.instructions import VNNI, host_instructions
-from llmopt.optimizer.manifest import Engine, PassRecord, TensorInfo
+from llmopt.optimizer.manifest import Checkpoint, Engine, PassRecord, TensorInfo
 from llmopt.optimizer.model import DenseWeight, Model, QuantWeight
 from llmopt.optimizer.scheme import Scheme
 from llmopt.optimizer.target import TARGETS, Target
@@ -24,17 +28,27 @@ __all__ = ["Onnx"]
 
 _DTYPES = {ir.DataType.FLOAT: "float32", ir.DataType.INT64: "int64", ir.DataType.INT8: "int8"}
 _MAX_CHUNK = 512
+_FILE = "model.onnx"
 
 
 class Onnx(Exporter):
-    """Write ``engine/model.onnx`` and its external data."""
+    """Write ``engine/model.onnx`` and its external data, or those of onnxruntime-genai into ``genai/``."""
 
     target: Literal["cpu"] = Field("cpu", description="What executes the engine: cpu, by ONNX Runtime.")
+    flavor: Literal["llmopt", "genai"] = Field(
+        "llmopt",
+        description="llmopt: the engine that llmopt serves and measures. genai: a folder that onnxruntime-genai loads.",
+    )
     capacity: int | None = Field(
         None,
         ge=4,
         description="The longest sequence in tokens; omitted: the model's max_position_embeddings.",
     )
+
+    @property
+    def folder(self) -> str:
+        """See ``Exporter.folder``."""
+        return "engine" if self.flavor == "llmopt" else "genai"
 
     def targets(self) -> list[Target]:
         """See ``Exporter.targets``."""
@@ -67,7 +81,9 @@ class Onnx(Exporter):
         weights = model.weights.values()
         return sum(4 * w.nbytes // w.dtype.itemsize if isinstance(w, DenseWeight) else w.nbytes for w in weights)
 
-    def export(self, model: Model, directory: Path, context: PassContext) -> tuple[Engine, list[PassRecord]]:
+    def export(
+        self, model: Model, directory: Path, context: PassContext
+    ) -> tuple[Engine | Checkpoint, list[PassRecord]]:
         """See ``Exporter.export``.
 
         Raises:
@@ -82,9 +98,14 @@ class Onnx(Exporter):
         graph, records = lowered_graph(model, target, capacity=capacity, strict=context.strict)
         options = {"level": context.verify}
         records.append(PassRecord(name="verify_lowering", options=options, changed=False, details=differences))
-        folder = directory / "engine"
+        folder = directory / self.folder
         folder.mkdir(parents=True)
-        ir.save(graph, folder / "model.onnx", external_data="model.onnx.data", callback=_progress(context))
+        if self.flavor == "genai":
+            graph = with_genai_interface(graph)
+            write_genai_files(model, folder, capacity=capacity)
+        ir.save(graph, folder / _FILE, external_data=f"{_FILE}.data", callback=_progress(context))
+        if self.flavor == "genai":
+            return Checkpoint(path=self.folder, format="genai", dtype="float32", notes=_genai_notes(model)), records
         return self._describe(model, graph, capacity), records
 
     def _longest(self, decoder: Decoder) -> int:
@@ -96,7 +117,7 @@ class Onnx(Exporter):
         return Engine(
             exporter="onnx",
             target=self.target,
-            path="engine/model.onnx",
+            path=f"{self.folder}/{_FILE}",
             inputs=[_info(value) for value in graph.graph.inputs],
             outputs=[_info(value) for value in graph.graph.outputs],
             num_layers=len(decoder.layers),
@@ -118,6 +139,14 @@ def _features(model: Model) -> list[str]:
     if host_instructions() == VNNI and any(_is_lowered_for_vnni(weight.scheme) for weight in quantized):
         features.append(VNNI)
     return features
+
+
+def _genai_notes(model: Model) -> list[str]:
+    """What whoever opens the folder must know; genai's config has no place for it."""
+    notes = ["its logits are those of each sequence's last token"]
+    if VNNI in _features(model):
+        notes.append("its kernels are right on CPUs with VNNI only: build it where it will run")
+    return notes
 
 
 def _is_lowered_for_vnni(scheme: Scheme) -> bool:

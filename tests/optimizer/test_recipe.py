@@ -3,7 +3,7 @@
 import json
 import textwrap
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jsonschema
 import pytest
@@ -33,6 +33,8 @@ class Merge(WeightPass):
 
 class Checkpoint(Exporter):
     """An exporter whose result nothing executes."""
+
+    folder: ClassVar[str] = "checkpoint"
 
     def check(self, model: object) -> None: ...
 
