@@ -399,13 +399,18 @@ def test_gates_need_no_engine(plugins, load) -> None:
     assert load(f"{HEAD}export: [checkpoint]\naccept:\n  - {{metric: kl, max: 1}}\n").accept[0].max == 1
 
 
-@pytest.mark.parametrize("options", ["{target: cpu}", "{capacity: 64}", "{target: no such}"])
+@pytest.mark.parametrize("options", ["{target: cpu}", "{capacity: 64}", "{flavor: llmopt}"])
 def test_two_exports_of_one_kind_are_refused_whatever_their_options(mistakes, options: str) -> None:
     found = mistakes(f"{HEAD}export:\n  - onnx\n  - onnx: {options}\n")
     assert (
         "r.yaml:5: export.1.onnx: this kind is exported already, by export.0.onnx  "
         "hint: remove one: a build holds one export of each kind"
     ) in found
+
+
+def test_two_flavors_are_not_of_one_kind(load) -> None:
+    recipe = load(f"{HEAD}export:\n  - onnx\n  - onnx: {{flavor: genai}}\n")
+    assert [item.instance.folder for item in recipe.export] == ["engine", "genai"]
 
 
 def test_missing_and_empty_data_files_are_found_although_the_gate_has_another_mistake(mistakes, tmp_path: Path) -> None:
