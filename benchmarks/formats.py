@@ -4,7 +4,7 @@ import argparse
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llmopt.benchmarks.child import ChildError
-from llmopt.benchmarks.loaders.programs import LOADERS, OWN
+from llmopt.benchmarks.loaders.programs import HERE, LOADERS
 from llmopt.benchmarks.peer import installed, run_script
 from llmopt.benchmarks.quantizers.run_passes import GivenWindows, quantized, recipe_of
 from llmopt.benchmarks.quantizers.subject import DEFAULT_SPEC
@@ -42,20 +42,33 @@ class Row:
         scheme: Of the linears, as printed.
         loader: A name in ``LOADERS``.
         passes: As in a recipe.
+        export: The exporter and its options; omitted: a checkpoint of the format.
     """
 
     form: str
     scheme: str
     loader: str
     passes: Sequence[Mapping[str, Mapping[str, Any]]] = ()
+    export: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
-def _rounded(form: str, name: str, loader: str = OWN, **options: Any) -> Row:
+def _rounded(form: str, name: str, loader: str = "transformers", **options: Any) -> Row:
     return Row(form, name, loader, [{"round_to_nearest": {"head": "none", **options}}])
 
 
+def _gguf(kind: str, scheme: str | None = None, **options: Any) -> Row:
+    passes = [] if scheme is None else [{"round_to_nearest": {"scheme": scheme, "group_size": 32, **options}}]
+    name = kind if scheme is None else f"{scheme} g32, transcribed"
+    return Row("gguf", name, "llama_cpp", passes, {"gguf": {"type": kind}})
+
+
+def _genai(name: str, **options: Any) -> Row:
+    passes = [{"round_to_nearest": options}] if options else []
+    return Row("genai", name, "genai", passes, {"onnx": {"flavor": "genai", "capacity": 256}})
+
+
 ROWS: tuple[Row, ...] = (
-    Row("safetensors", "float", OWN),
+    Row("safetensors", "float", "transformers"),
     _rounded("compressed-tensors", "W4A16 g32", **_W4),
     _rounded("compressed-tensors", "W8A16", scheme="W8A16"),
     _rounded("compressed-tensors", "W3A16 g32", **{**_W4, "scheme": "W3A16"}),
@@ -70,13 +83,18 @@ ROWS: tuple[Row, ...] = (
     Row(
         "compressed-tensors",
         "W4A16 g32, int8 cache",
-        OWN,
+        "transformers",
         [{"round_to_nearest": _W4}, {"kv_cache": {"strategy": "tensor"}}],
     ),
     _rounded("gptq", "W4A16 g32", "gptqmodel", **_W4),
     _rounded("gptq", "W8A16 g32", "gptqmodel", **{**_W4, "scheme": "W8A16"}),
     _rounded("gptq_v2", "W4A16_ASYM g32", "gptqmodel", **{**_W4, "scheme": "W4A16_ASYM"}),
     _rounded("awq", "W4A16_ASYM g32", "gptqmodel", **{**_W4, "scheme": "W4A16_ASYM"}),
+    *(_gguf(kind) for kind in ("F32", "F16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")),
+    *(_gguf("F16", scheme) for scheme in ("W4A16", "W4A16_ASYM", "W8A16")),
+    _genai("float"),
+    _genai("W8A8", scheme="W8A8"),
+    _genai("W4A16 g32", scheme="W4A16", group_size=32),
 )
 
 
@@ -131,25 +149,35 @@ class Bench:
 
     def result(self, row: Row) -> Result:
         """Write a row's checkpoint, load it with its program, compare."""
-        checkpoint, logits = self.folder / "checkpoint", self.folder / "logits.npy"
-        shutil.rmtree(checkpoint, ignore_errors=True)
+        build, logits = self.folder / "build", self.folder / "logits.npy"
+        shutil.rmtree(build, ignore_errors=True)
         recipe = recipe_of(self.model.source.spec, row.passes, threads=self.threads)
         made = quantized(self.model, recipe, cache=cache_root(), windows=GivenWindows(self.text))
-        load("exporters", "checkpoint")(format=row.form).write(made, checkpoint, PassContext())
+        ((exporter, options),) = (row.export or {"checkpoint": {"format": row.form}}).items()
+        instance = load("exporters", exporter)(**options)
+        instance.export(made, build, PassContext(verify="none"))
         try:
-            self._load(row, checkpoint, logits)
+            self._load(row, build / instance.folder, logits)
         except LlmoptError as error:
             return Result(row, error=_last_line(error))
-        written = load_model(str(checkpoint), cache=cache_root())
-        ours = Reference(written, threads=self.threads).logits(self.text.ids)
+        ours = Reference(_as_written(made, build / instance.folder), threads=self.threads).logits(self.text.ids)
         return _compared(row, torch.from_numpy(np.load(logits)), ours)
 
     def _load(self, row: Row, checkpoint: Path, logits: Path) -> None:
         loader, ids = LOADERS[row.loader], self.folder / "ids.npy"
         np.save(ids, self.text.ids.numpy())
-        python = Path(sys.executable) if row.loader == OWN else installed(loader, self.folder.parent / row.loader)
+        here = row.loader in HERE
+        python = Path(sys.executable) if here else installed(loader, self.folder.parent / row.loader)
         given = {"path": str(checkpoint.absolute()), "ids": str(ids.absolute()), "format": row.form}
         run_script(python, loader, given, output=logits, threads=self.threads)
+
+
+def _as_written(made: Model, folder: Path) -> Model:
+    """The model that was written, read back where it can be: with scales and floats as they are stored."""
+    if any(folder.glob("*.safetensors")):
+        return load_model(str(folder), cache=cache_root())
+    files = list(folder.glob("*.gguf"))
+    return load_model(str(files[0]), cache=cache_root()) if files else made
 
 
 def _compared(row: Row, theirs: Tensor, ours: Tensor) -> Result:

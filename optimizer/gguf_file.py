@@ -17,7 +17,7 @@ from llmopt.optimizer.errors import InputError, UnsupportedError
 from llmopt.optimizer.gguf_header import Header, TensorEntry
 from llmopt.optimizer.model import DenseWeight
 
-__all__ = ["architecture", "check_scale", "open_weights", "rope_parameters"]
+__all__ = ["architecture", "check_scale", "llama3_factors", "open_weights", "rope_parameters"]
 
 _SCORES = "query_pre_attn_scalar"
 
@@ -126,14 +126,14 @@ def rope_parameters(path: Path, header: Header, config: Mapping[str, Any]) -> di
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    expected = _llama3_factors(int(config["head_dim"]), float(parameters["rope_theta"]), llama3)
+    expected = llama3_factors(int(config["head_dim"]), float(parameters["rope_theta"]), llama3)
     # The file holds them in float32 of a float64 or float32 computation.
     if expected.shape != factors.shape or not torch.allclose(expected, factors, rtol=1e-4):
         raise UnsupportedError(f"{path}: {_ROPE_FACTORS} is not the scaling of a Llama 3 model")
     return {**parameters, **llama3}
 
 
-def _llama3_factors(head_dim: int, theta: float, rope: Mapping[str, Any]) -> Tensor:
+def llama3_factors(head_dim: int, theta: float, rope: Mapping[str, Any]) -> Tensor:
     """By what each of the ``head_dim / 2`` frequencies is divided: float32.
 
     Source: Llama 3.1's frequency scaling as in transformers' ``rope_type: llama3``.

@@ -6,18 +6,28 @@ from pathlib import Path
 from llmopt.benchmarks.peer import Peer
 from llmopt.benchmarks.quantizers.peers import GPTQMODEL
 
-__all__ = ["LOADERS", "OWN"]
+__all__ = ["HERE", "LOADERS"]
 
-_HERE = Path(__file__).parent
+_FOLDER = Path(__file__).parent
 
-OWN = "transformers"
-"""It runs in this very environment."""
+_NO_AMX = "-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON"
+"""llama.cpp crashes in its AMX kernels; without them it is compiled for any x86 CPU of the last ten years."""
+
+HERE = ("transformers", "genai")
+"""Those that run in this very environment."""
 
 LOADERS: Mapping[str, Peer] = {
-    OWN: Peer("transformers", _HERE / "run_transformers.py", ()),
+    "transformers": Peer("transformers", _FOLDER / "run_transformers.py", ()),
+    "genai": Peer("onnxruntime-genai", _FOLDER / "run_genai.py", ()),
+    "llama_cpp": Peer(
+        "llama-cpp-python 0.3.34",
+        _FOLDER / "run_llama_cpp.py",
+        ("numpy==2.4.6", "llama-cpp-python==0.3.34"),
+        environment={"CMAKE_ARGS": _NO_AMX, "CMAKE_BUILD_PARALLEL_LEVEL": "2"},
+    ),
     "gptqmodel": Peer(
         "GPTQModel 7.7.0",
-        _HERE / "run_gptqmodel.py",
+        _FOLDER / "run_gptqmodel.py",
         GPTQMODEL,
         alone=("gptqmodel==7.7.0",),
         environment={"GPTQMODEL_CPU_WORKERS": "2"},

@@ -7,7 +7,7 @@ import pytest
 from llmopt.benchmarks import formats
 from llmopt.benchmarks.child import ChildError
 from llmopt.benchmarks.formats import ROWS, Bench, Result, table
-from llmopt.benchmarks.loaders.programs import LOADERS, OWN
+from llmopt.benchmarks.loaders.programs import LOADERS
 from llmopt.calibration.sampling import Sampling, sample_tokens
 from llmopt.optimizer.sources import load_model
 
@@ -39,7 +39,7 @@ def test_a_program_that_does_not_load_it_is_a_row_with_its_last_words(bench: Ben
         raise ChildError("python ended with 1:\ntrace\nValueError: unknown quantization\n")
 
     monkeypatch.setattr(formats, "run_script", fails)
-    row = next(row for row in ROWS if row.loader == OWN)
+    row = next(row for row in ROWS if row.loader == "transformers")
     result = bench.result(row)
     assert result.error == "ValueError: unknown quantization"
     assert "no: ValueError: unknown quantization" in table([result])
