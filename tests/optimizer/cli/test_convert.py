@@ -89,3 +89,28 @@ def test_a_checkpoint_does_not_replace_itself(quantized: Path, convert) -> None:
     code, _, err = convert(quantized, "--to", "gptq_v2", "-o", quantized)
     assert (code, "exists" in err) == (2, True)
     assert (quantized / "model.safetensors").read_bytes() == before
+
+
+def test_gguf_keeps_integers_whose_grid_it_has_and_rounds_floats_to_a_type(llama_of, convert, tmp_path: Path) -> None:
+    model = load_model(str(llama_of(tie_word_embeddings=False)), cache=tmp_path / "cache")
+    made = RoundToNearest(scheme="W4A16", group_size=32, head="none").run(model, PassContext())
+    Checkpoint(format="gptq").write(made, tmp_path / "gptq", PassContext())
+    code, _, _ = convert(tmp_path / "gptq", "--to", "gguf", "--type", "F16", "-o", tmp_path / "out", "-q")
+    assert code == 0
+    again = load_model(str(tmp_path / "out/model-F16.gguf"), cache=tmp_path / "cache")
+    source = load_model(str(tmp_path / "gptq"), cache=tmp_path / "cache")
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert again.weights[name].dense().equal(source.weights[name].dense())
+    assert convert(tmp_path / "gptq", "--to", "gguf", "-o", tmp_path / "out", "-q")[0] == 2  # exists
+    assert convert(tmp_path / "gptq", "--to", "gguf", "-o", tmp_path / "out", "--force", "-q")[0] == 0
+    assert [path.name for path in (tmp_path / "out").glob("*.gguf")] == ["model-Q8_0.gguf"]
+
+
+def test_groups_that_are_no_blocks_of_gguf_are_refused(quantized: Path, convert, tmp_path: Path) -> None:
+    code, _, err = convert(quantized, "--to", "gguf", "-o", tmp_path / "out")
+    assert (code, "W4A16 g16 has another grid" in err.replace("\n", " ")) == (5, True)
+
+
+@pytest.mark.parametrize("options", [("gguf", "--dtype", "float16"), ("gptq", "--type", "F16")])
+def test_options_of_another_format_are_refused(options, quantized: Path, convert, tmp_path: Path) -> None:
+    assert convert(quantized, "-o", tmp_path / "out", "--to", *options)[0] == 2
