@@ -124,8 +124,8 @@ def save_llama(directory: Path, *, dtype: str = "float32", shard: str = "5GB", *
     return directory
 
 
-def save_family(directory: Path, name: str) -> Path:
-    """Save the random model that tests/data/families.yaml calls ``name``, with its tokenizer.
+def save_family(directory: Path, name: str, **changes: Any) -> Path:
+    """Save the random model that tests/data/families.yaml calls ``name``, with its tokenizer; keywords change it.
 
     Weights have a standard deviation of 0.2, so that a feature left out moves the logits; routers have five times
     that, so that experts do not tie.
@@ -133,7 +133,7 @@ def save_family(directory: Path, name: str) -> Path:
     import torch
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    settings = FAMILIES["defaults"] | FAMILIES["families"][name]
+    settings = FAMILIES["defaults"] | FAMILIES["families"][name] | changes
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = AutoModelForCausalLM.from_config(CONFIG_MAPPING[settings.pop("type")](**settings))
@@ -162,6 +162,12 @@ def family_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
         return save_family(tmp_path_factory.mktemp("family"), name)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def save_changed() -> Callable[..., Path]:
+    """``save_changed(directory, family, **changes)``: a family's checkpoint with another config."""
+    return save_family
 
 
 @pytest.fixture(scope="session")

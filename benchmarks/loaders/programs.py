@@ -20,9 +20,9 @@ LOADERS: Mapping[str, Peer] = {
     "transformers": Peer("transformers", _FOLDER / "run_transformers.py", ()),
     "genai": Peer("onnxruntime-genai", _FOLDER / "run_genai.py", ()),
     "llama_cpp": Peer(
-        "llama-cpp-python 0.3.34",
+        "llama-cpp-python 0.3.36",
         _FOLDER / "run_llama_cpp.py",
-        ("numpy==2.4.6", "llama-cpp-python==0.3.34"),
+        ("numpy==2.4.6", "llama-cpp-python==0.3.36"),
         environment={"CMAKE_ARGS": _NO_AMX, "CMAKE_BUILD_PARALLEL_LEVEL": "2"},
     ),
     "gptqmodel": Peer(

@@ -15,7 +15,7 @@ def main() -> None:
     path = next(Path(given["path"]).glob("*.gguf"))
     engine = Llama(
         str(path), n_ctx=ids.shape[1] + 1, n_batch=ids.shape[1], n_threads=given["threads"], logits_all=True,
-        flash_attn=False, use_mmap=False, verbose=False,
+        flash_attn=False, type_k=0, type_v=0, use_mmap=False, verbose=False,
     )  # fmt: skip
     rows = []
     for window in ids:
