@@ -11,10 +11,9 @@ from torch import Tensor
 
 from llmopt.exporters.checkpoint.layout import Layout, linears_in_float
 from llmopt.exporters.checkpoint.shards import Part
-from llmopt.optimizer.bit_stream import packed as stream
 from llmopt.optimizer.bit_stream import unsigned
 from llmopt.optimizer.model import Model, QuantWeight
-from llmopt.optimizer.quantized.awq import PLACES
+from llmopt.optimizer.quantized.awq import ORDER
 from llmopt.optimizer.scheme import Scheme
 
 __all__ = ["Awq"]
@@ -77,6 +76,6 @@ class Awq(Layout):
 
 def _words(numbers: Tensor) -> Tensor:
     """int8 ``[out, columns]`` as int32 ``[columns, out / 8]``, the rows of a word in AWQ's order."""
-    rows = unsigned(numbers, 4).T.reshape(numbers.shape[1], -1, 8)
-    order = [PLACES.index(place) for place in range(8)]
-    return stream(rows[:, :, order].reshape(numbers.shape[1], -1), 4)
+    eights = unsigned(numbers, 4).view(-1, 8, numbers.shape[1])
+    pairs = [eights[:, low] | eights[:, high] << 4 for low, high in zip(ORDER[::2], ORDER[1::2], strict=True)]
+    return torch.stack(pairs, dim=2).view(torch.int32)[:, :, 0].T

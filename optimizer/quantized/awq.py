@@ -7,22 +7,23 @@ eight numbers of a word are, from the lowest bits, those of columns 0, 2, 4, 6, 
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from llmopt.optimizer.bit_stream import signed, unpacked
+from llmopt.optimizer.bit_stream import signed
 from llmopt.optimizer.errors import InputError, UnsupportedError
 from llmopt.optimizer.model import QuantTensors, QuantWeight
 from llmopt.optimizer.quantized.stored import FLOATS, Stored
 from llmopt.optimizer.scheme import QuantSpec, Scheme
 
-__all__ = ["MARKS", "PARAMETERS", "PLACES", "read"]
+__all__ = ["MARKS", "ORDER", "PARAMETERS", "read"]
 
 MARKS = ("qweight",)
 
 PARAMETERS = frozenset({"qweight", "qzeros", "scales"})
 
-PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
-"""Which of a word's eight numbers, from the lowest bits, belongs to each of its columns."""
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+"""Whose numbers a word holds, from the lowest bits, of its eight outputs."""
 
 
 def read(module: str, stored: Stored, quantization: Mapping[str, Any]) -> QuantWeight:
@@ -58,8 +59,8 @@ def read(module: str, stored: Stored, quantization: Mapping[str, Any]) -> QuantW
         )
 
     def load() -> QuantTensors:
-        zero = None if symmetric else _numbers(zeros()).T.contiguous()
-        return QuantTensors(_numbers(words()).T.contiguous(), scales().float().T.contiguous(), zero)
+        zero = None if symmetric else _numbers(zeros())
+        return QuantTensors(_numbers(words()), scales().float().T.contiguous(), zero)
 
     sizes: dict[str, Any] = {"strategy": "channel"} if size == -1 else {"strategy": "group", "group_size": size}
     spec = QuantSpec.model_validate({"num_bits": 4, "symmetric": symmetric, **sizes})
@@ -67,6 +68,10 @@ def read(module: str, stored: Stored, quantization: Mapping[str, Any]) -> QuantW
 
 
 def _numbers(words: Tensor) -> Tensor:
-    """int8 ``[rows, 8 * words]`` in -8..7 out of int32 ``[rows, words]``."""
-    nibbles = unpacked(words, 4, words.shape[1] * 8).view(len(words), -1, 8)
-    return signed(nibbles[:, :, list(PLACES)].reshape(len(words), -1), 4)
+    """int8 ``[out, columns]`` in -8..7 out of int32 ``[columns, out / 8]``."""
+    columns, eighths = words.shape
+    pairs = words.T.contiguous().view(torch.uint8).view(eighths, columns, 4)
+    found = torch.empty(eighths, 8, columns, dtype=torch.uint8)
+    for place, row in enumerate(ORDER):
+        found[:, row] = pairs[:, :, place // 2] >> 4 * (place % 2) & 15
+    return signed(found.view(eighths * 8, columns), 4)
