@@ -15,7 +15,7 @@ from llmopt.optimizer.target import Target
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from llmopt.optimizer.manifest import Checkpoint, Engine, PassRecord
+    from llmopt.optimizer.manifest import Checkpoint, EncoderEngine, Engine, PassRecord
     from llmopt.optimizer.model import Model, Weight
     from llmopt.optimizer.tokens import Tokens
 
@@ -97,6 +97,9 @@ class WeightPass(_Options):
     needs_calibration: ClassVar[bool] = False
     """Whether the pass looks at text; its result then depends on that text too."""
 
+    for_encoders: ClassVar[bool] = False
+    """Whether it takes encoders too."""
+
     @property
     def adds(self) -> frozenset[Feature]:
         """What the model has afterwards that not every exporter can write."""
@@ -139,6 +142,9 @@ class Exporter(_Options):
     holds: ClassVar[frozenset[Feature]] = frozenset(get_args(Feature))
     """What it can write of a model beside its weights."""
 
+    for_encoders: ClassVar[bool] = False
+    """Whether it writes encoders too."""
+
     @abstractmethod
     def check(self, model: "Model") -> None:
         """Raise ``UnsupportedError`` or ``PassError`` when ``model`` cannot be exported. Cheap."""
@@ -175,5 +181,5 @@ class Exporter(_Options):
     @abstractmethod
     def export(
         self, model: "Model", directory: Path, context: PassContext
-    ) -> "tuple[Engine | Checkpoint, list[PassRecord]]":
+    ) -> "tuple[Engine | EncoderEngine | Checkpoint, list[PassRecord]]":
         """Write the engine or checkpoint below ``directory`` and describe it, with a record per graph pass."""

@@ -2,7 +2,7 @@
 
 from llmopt.optimizer.contracts import QuantPass
 from llmopt.optimizer.errors import UnsupportedError
-from llmopt.optimizer.model import Model
+from llmopt.optimizer.model import DECODERS_ONLY, Model
 from llmopt.optimizer.recipe import Recipe
 
 __all__ = ["check_model"]
@@ -15,6 +15,8 @@ def check_model(recipe: Recipe, model: Model) -> None:
         PassError: The first pass refuses the model.
         UnsupportedError: A target cannot run what the recipe makes of the model, or an exporter cannot write it.
     """
+    if model.is_encoder:
+        _check_encoder(recipe, model)
     for step in recipe.passes[:1]:
         step.instance.requires(model)
     _check_modules(recipe, model)
@@ -22,9 +24,25 @@ def check_model(recipe: Recipe, model: Model) -> None:
         item.instance.check(model)
 
 
+def _check_encoder(recipe: Recipe, model: Model) -> None:
+    """Refuse what is made for decoders, by its place in the recipe."""
+    named = [(f"passes.{i}.{each.name}", each.instance.for_encoders) for i, each in enumerate(recipe.passes)]
+    named += [(f"export.{i}.{each.name}", each.instance.for_encoders) for i, each in enumerate(recipe.export)]
+    for where, takes_encoders in named:
+        if not takes_encoders:
+            what = f"{where} is for decoders, and {model.source.spec} is an encoder ({model.family.name})"
+            raise UnsupportedError(what, hint=DECODERS_ONLY)
+    for i, step in enumerate(recipe.passes):
+        if step.instance.needs_calibration:
+            raise UnsupportedError(
+                f"passes.{i}.{step.name}: input scales that are known in advance come from text that a decoder reads",
+                hint="for an encoder take W8A8, whose scales are found per token while it runs",
+            )
+
+
 def _check_modules(recipe: Recipe, model: Model) -> None:
     """Experts run fewer schemes than linears do, some schemes need certain widths, and only the model shows them."""
-    experts = model.decoder.expert_linears
+    experts = model.network.expert_linears
     for i, step in enumerate(recipe.passes):
         if not isinstance(step.instance, QuantPass):
             continue

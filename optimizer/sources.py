@@ -1,7 +1,7 @@
 """From the recipe's ``model:`` to a ``Model``: a directory, a GGUF file, a file in a wheel, or a model on the hub."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -15,24 +15,28 @@ from llmopt.optimizer.cache import digest_of
 from llmopt.optimizer.checkpoint import fit_to_shapes, open_checkpoint, stored_names, weight_files
 from llmopt.optimizer.config_check import check_completed, check_given
 from llmopt.optimizer.digests import file_digests
+from llmopt.optimizer.encoder import EncoderArch
+from llmopt.optimizer.encoder_checkpoint import check_encoder_config, encoder_weights
 from llmopt.optimizer.errors import InputError
 from llmopt.optimizer.gguf_header import read_header
 from llmopt.optimizer.hf_config import complete, read_json
 from llmopt.optimizer.model import DenseWeight, Model, Source
 from llmopt.optimizer.parameters import expected_parameters, in_our_names, weight_shapes
+from llmopt.optimizer.pooling import Pooling, read_pooling
 
 __all__ = ["load_model", "locate"]
 
 
 @dataclass(frozen=True, slots=True)
 class _Loaded:
-    """What the two kinds of files have in common once they are open."""
+    """What the kinds of files have in common once they are open."""
 
-    arch: Arch
+    family: Arch | EncoderArch
     config: Mapping[str, Any]
     weights: Mapping[str, DenseWeight]
     files: Mapping[str, str]
     tokenizer_dir: Path
+    pooling: Pooling = field(default_factory=Pooling)
 
 
 def load_model(spec: str, *, cache: Path, base: Path | None = None, offline: bool = False) -> Model:
@@ -51,7 +55,8 @@ def load_model(spec: str, *, cache: Path, base: Path | None = None, offline: boo
     path = locate(spec, cache=cache, base=base, offline=offline)
     loaded = _load_directory(path, cache) if path.is_dir() else _load_gguf(path, cache)
     source = Source(spec, digest_of(dict(loaded.files)), MappingProxyType(dict(loaded.files)), loaded.tokenizer_dir)
-    return Model(loaded.arch, dict(loaded.config), MappingProxyType(dict(loaded.weights)), source)
+    weights = MappingProxyType(dict(loaded.weights))
+    return Model(loaded.family, dict(loaded.config), weights, source, loaded.pooling)
 
 
 def locate(spec: str, *, cache: Path, base: Path | None = None, offline: bool = False) -> Path:
@@ -79,6 +84,8 @@ def _load_directory(directory: Path, cache: Path) -> _Loaded:
         raise InputError(f"{directory} holds GGUF files; name one of them", hint=", ".join(ggufs[:3]))
     raw = read_json(directory / "config.json")
     arch = families.find(raw, lambda: stored_names(directory))
+    if isinstance(arch, EncoderArch):
+        return _load_encoder(directory, raw, arch, cache)
     check_given(raw)
     config = complete(raw, arch, directory)
     stored = open_checkpoint(directory)
@@ -88,11 +95,27 @@ def _load_directory(directory: Path, cache: Path) -> _Loaded:
     weights = in_our_names(stored, parameters, arch, directory)
     _settle_tie(config, arch, weights, shapes)
     weights = fit_to_shapes(weights, shapes, directory)
-    present = [name for name in tokenizer_files.TOKENIZER_FILES if (directory / name).is_file()]
-    names = ["config.json", *present, *(path.name for path in weight_files(directory))]
-    files = file_digests({name: directory / name for name in names}, cache)
-    tokenizer_dir = tokenizer_files.prepare(directory, config, {name: files[name] for name in present}, cache)
+    files, tokenizer_dir = _digested(directory, config, cache)
     return _Loaded(arch, config, weights, files, tokenizer_dir)
+
+
+def _load_encoder(directory: Path, raw: Mapping[str, Any], arch: EncoderArch, cache: Path) -> _Loaded:
+    check_encoder_config(raw, arch)
+    config = complete(raw, arch, directory)
+    pooling, names = read_pooling(directory)
+    weights = encoder_weights(open_checkpoint(directory), config, arch, directory)
+    files, tokenizer_dir = _digested(directory, config, cache, names)
+    return _Loaded(arch, config, weights, files, tokenizer_dir, pooling)
+
+
+def _digested(
+    directory: Path, config: Mapping[str, Any], cache: Path, others: Sequence[str] = ()
+) -> tuple[dict[str, str], Path]:
+    """The digests of all files that a checkpoint is read from, and the directory of its tokenizer."""
+    present = [name for name in tokenizer_files.TOKENIZER_FILES if (directory / name).is_file()]
+    names = ["config.json", *present, *others, *(path.name for path in weight_files(directory))]
+    files = file_digests({name: directory / name for name in names}, cache)
+    return files, tokenizer_files.prepare(directory, config, {name: files[name] for name in present}, cache)
 
 
 def _settle_tie(
