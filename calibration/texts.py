@@ -9,7 +9,7 @@ from llmopt.calibration.encoding import open_tokenizer
 from llmopt.optimizer.errors import InputError
 from llmopt.optimizer.tokens import Tokens
 
-__all__ = ["read_tokens"]
+__all__ = ["decoded", "read_tokens"]
 
 
 def read_tokens(path: Path, tokenizer_dir: Path, *, windows: int, tokens: int, name: str | None = None) -> Tokens:
@@ -26,14 +26,7 @@ def read_tokens(path: Path, tokenizer_dir: Path, *, windows: int, tokens: int, n
     Raises:
         InputError: The file is missing, not UTF-8, or too short; or there is no tokenizer.
     """
-    content = _content(path)
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path} is not UTF-8 text: byte {error.start} is 0x{content[error.start]:02x}",
-            hint="convert it, for example with iconv",
-        ) from error
+    content, text = decoded(path)
     ids = open_tokenizer(tokenizer_dir).encode(text).ids
     if len(ids) < windows * tokens:
         raise InputError(
@@ -42,6 +35,22 @@ def read_tokens(path: Path, tokenizer_dir: Path, *, windows: int, tokens: int, n
         )
     cut = torch.tensor(ids[: windows * tokens], dtype=torch.int64).reshape(windows, tokens)
     return Tokens(name=name or str(path), ids=cut, digest=hashlib.sha256(content).hexdigest())
+
+
+def decoded(path: Path) -> tuple[bytes, str]:
+    """A file's contents, and the text they are.
+
+    Raises:
+        InputError: It is missing or not UTF-8.
+    """
+    content = _content(path)
+    try:
+        return content, content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path} is not UTF-8 text: byte {error.start} is 0x{content[error.start]:02x}",
+            hint="convert it, for example with iconv",
+        ) from error
 
 
 def _content(path: Path) -> bytes:

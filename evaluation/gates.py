@@ -4,10 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llmopt.calibration.lines import read_lines
 from llmopt.calibration.sampling import Sampling, sample_tokens
 from llmopt.calibration.texts import read_tokens
 from llmopt.optimizer.errors import InputError
-from llmopt.optimizer.gates import Gate
+from llmopt.optimizer.gates import COSINES, Gate
 from llmopt.optimizer.manifest import GateResult, Measurement, Verdict
 from llmopt.optimizer.model import Model
 from llmopt.optimizer.tokens import SAMPLED, Tokens
@@ -45,6 +46,11 @@ def texts_for(
         if gate.data is None:
             wanted = Sampling("evaluation", gate.windows, gate.tokens, seed=seed)
             texts[key] = sample_tokens(model, wanted, threads=threads, progress=progress)
+        elif gate.metric in COSINES:
+            path = (base or Path()) / gate.data
+            texts[key] = read_lines(
+                path, model.source.tokenizer_dir, lines=gate.windows, tokens=gate.tokens, name=key[0]
+            )
         else:
             path = (base or Path()) / gate.data
             texts[key] = read_tokens(
@@ -69,11 +75,9 @@ def judge(gates: Sequence[Gate], measurements: Sequence[Measurement]) -> Verdict
 
 def _judge_one(gate: Gate, measurements: Sequence[Measurement]) -> GateResult:
     counted = gate.windows * (gate.tokens - 1 if gate.metric == "perplexity" else gate.tokens)
-    fitting = [
-        found
-        for found in measurements
-        if (found.metric, found.data, found.tokens) == (gate.metric, _text_name(gate), counted)
-    ]
+    of_text = [found for found in measurements if (found.metric, found.data) == (gate.metric, _text_name(gate))]
+    # How many tokens some lines have is known only behind the tokenizer.
+    fitting = [found for found in of_text if gate.metric in COSINES or found.tokens == counted]
     if not fitting:
         raise InputError(f"{gate.metric} on {_text_name(gate)} was not measured, but a gate asks for it")
     results = [GateResult(gate=gate.describe(), value=found.value, passed=_passes(gate, found)) for found in fitting]

@@ -8,6 +8,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from llmopt.evaluation.operators import short_name
+from llmopt.optimizer.gates import COSINES
 
 __all__ = ["Segment", "measured", "megabytes", "nats", "rendered", "segments"]
 
@@ -85,6 +86,8 @@ def measured(metric: str, value: float) -> str:
     """The value of a metric for people."""
     if metric == "top1":
         return f"{value:.2%}"
+    if metric in COSINES:
+        return f"{value:.5f}"
     return nats(value) if metric == "kl" else f"{value:.3f}"
 
 

@@ -10,7 +10,7 @@ from llmopt.calibration.coverage import coverage_words
 from llmopt.evaluation.choices import choices_of
 from llmopt.evaluation.operators import KINDS, WHOLE, Effect, by_kind, effects_of, verification_of
 from llmopt.evaluation.pages import Segment, measured, megabytes, rendered, segments
-from llmopt.optimizer.manifest import Engine, GateResult, Layer, Manifest, Measurement, PassRecord
+from llmopt.optimizer.manifest import EncoderEngine, Engine, GateResult, Layer, Manifest, Measurement, PassRecord
 from llmopt.optimizer.scheme import Scheme
 from llmopt.optimizer.tokens import SAMPLED
 
@@ -61,7 +61,7 @@ def page(manifest: Manifest, record: Mapping[str, Any] | None = None) -> str:
             **facts,
             "record": record,
             "name": manifest.source.spec.rstrip("/").rpartition("/")[2],
-            "engines": manifest.engines,
+            "engines": manifest.all_engines,
             "engine_bytes": sum(e.bytes for name, e in manifest.files.items() if name.startswith("engine/")),
             "accuracy": [_accuracy(found, manifest.verdict.gates) for found in manifest.measurements],
             "bars": {
@@ -104,7 +104,7 @@ def summary(manifest: Manifest) -> dict[str, Any]:
         "gates": plain["verdict"]["gates"],
         "schemes": _by_scheme(manifest.layers),
         "total_bytes": sum(layer.bytes for layer in manifest.layers),
-        "graphs": [_graph(engine, manifest.graph_passes.get(engine.path, [])) for engine in manifest.engines],
+        "graphs": [_graph(engine, manifest.graph_passes.get(engine.path, [])) for engine in manifest.all_engines],
     }
 
 
@@ -121,7 +121,7 @@ def _by_scheme(layers: list[Layer]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (-row["bytes"], row["scheme"]))
 
 
-def _graph(engine: Engine, records: Sequence[PassRecord]) -> dict[str, Any]:
+def _graph(engine: Engine | EncoderEngine, records: Sequence[PassRecord]) -> dict[str, Any]:
     """The graph passes of one engine: what each did to the operators, and how verification went."""
     effects = effects_of(records)
     final = effects[-1].after if effects else {}
@@ -213,7 +213,8 @@ def _limit(result: GateResult, found: Measurement) -> dict[str, Any]:
     kind = next(name for name in ("max", "min", "max_increase") if name in result.gate)
     limit = float(result.gate[kind])
     if kind == "min":
-        lost, allowed, words = 1 - found.value, 1 - limit, f"at least {limit:.1%}"
+        lost, allowed = 1 - found.value, 1 - limit
+        words = f"at least {limit:.1%}" if found.metric == "top1" else f"at least {limit:g}"
     elif kind == "max":
         lost, allowed, words = found.value, limit, f"at most {limit:g}"
     else:

@@ -119,12 +119,12 @@ class SchemeQuantPass(QuantPass):
 
         First the embedding, where it has a scheme, then linears in data order.
         """
-        schemes, deciding = self.schemes(), {model.arch.embedding: "embedding"} | self.deciding(model)
+        schemes, deciding = self.schemes(), {model.network.embedding: "embedding"} | self.deciding(model)
         return {module: schemes[option] for module, option in deciding.items() if option in schemes}
 
     def deciding(self, model: Model) -> dict[str, str]:
         """See ``QuantPass.deciding``."""
-        others = {model.arch.head: "head"} | dict.fromkeys(model.decoder.expert_linears, "experts")
+        others = {model.network.head: "head"} | dict.fromkeys(model.network.expert_linears, "experts")
         return {
             module: next(
                 (f"overrides.{i}.scheme" for i, override in enumerate(self.overrides) if override.matches(module)),
@@ -143,7 +143,9 @@ class SchemeQuantPass(QuantPass):
                     f"{option} is {scheme.name}, and this pass chooses no static scale of what enters {module}",
                     hint="use a scheme with dynamic ones, or round_to_nearest",
                 )
-        if self.experts is not None and not model.decoder.expert_linears:
+        if self.head is not None and model.network.head is None:
+            raise PassError("head is given, but an encoder has none", hint="remove it")
+        if self.experts is not None and not model.network.expert_linears:
             raise PassError("experts is given, but this model has no mixtures of experts", hint="remove it")
         if self.embedding != "none" and model.is_tied:
             raise PassError(
@@ -151,7 +153,7 @@ class SchemeQuantPass(QuantPass):
                 hint="remove it: the option head decides about both",
             )
         assigned = self.assign(model)
-        for layer in model.decoder.layers:
+        for layer in model.network.layers:
             if isinstance(layer.mlp, Experts):
                 _agree(layer.name, layer.mlp, assigned)
         for module, scheme in assigned.items():
@@ -165,7 +167,7 @@ class SchemeQuantPass(QuantPass):
 
     def _knows_inputs(self, model: Model, module: str) -> bool:
         if self.chooses_input_scales == "layers":
-            return module != model.arch.head
+            return module != model.network.head
         return self.chooses_input_scales == "all"
 
     def _sized(self) -> Scheme:

@@ -15,10 +15,11 @@ from llmopt.optimizer.cache import digest_of, locked, publish
 from llmopt.optimizer.contents import layers_of, sizes_of
 from llmopt.optimizer.contracts import PassContext, QuantPass
 from llmopt.optimizer.errors import InputError, ResourceError
-from llmopt.optimizer.gates import Gate
+from llmopt.optimizer.gates import COSINES, Gate
 from llmopt.optimizer.manifest import (
     MANIFEST_NAME,
     Checkpoint,
+    EncoderEngine,
     Engine,
     FileEntry,
     Manifest,
@@ -92,23 +93,27 @@ def build(
                 verifier=verify_same_function,
             )
         with record.step("export"):
-            engines, checkpoints, graph_passes = _export(recipe, model, directory, progress)
+            engines, encoders, checkpoints, graph_passes = _export(recipe, model, directory, progress)
             _copy_tokenizer(model, directory)
         with record.step("measure"):
-            judged = model if engines else _as_written(model, checkpoints, directory, cache)
-            measurements, verdict = _measure(recipe, source, judged, engines, texts, directory, progress)
+            if source.is_encoder:
+                measurements, verdict = _measure_vectors(recipe, source, encoders, texts, directory, progress)
+            else:
+                judged = model if engines else _as_written(model, checkpoints, directory, cache)
+                measurements, verdict = _measure(recipe, source, judged, engines, texts, directory, progress)
         manifest = Manifest(
             llmopt=version("llmopt"),
             versions=_versions(),
             source=_source_entry(source),
             recipe=recipe.resolved(),
-            architecture=model.arch.name,
+            architecture=model.family.name,
             calibration=None if calibration is None else calibration.entry(),
             layers=layers_of(model, passes),
             sizes=sizes_of(model),
             passes=passes,
             graph_passes=graph_passes,
             engines=engines,
+            encoders=encoders,
             checkpoints=checkpoints,
             measurements=measurements,
             verdict=verdict,
@@ -149,6 +154,7 @@ def _exclusive(output: Path, cache: Path, *, force: bool) -> Iterator[None]:
 def _check(recipe: Recipe, model: Model, output: Path) -> None:
     """What can be found out before any tensor is read: does the model fit the recipe, and the disk the files."""
     check_model(recipe, model)
+    _check_metrics(recipe.accept, model)
     needed = 0
     quantizes = any(isinstance(step.instance, QuantPass) for step in recipe.passes)
     for item in recipe.export:
@@ -164,6 +170,24 @@ def _check(recipe: Recipe, model: Model, output: Path) -> None:
         )
 
 
+def _check_metrics(gates: Sequence[Gate], model: Model) -> None:
+    """An encoder is measured by its vectors, on text that the recipe names: it writes none itself."""
+    for i, gate in enumerate(gates):
+        if (gate.metric in COSINES) != model.is_encoder:
+            kind = "encoder" if model.is_encoder else "decoder"
+            fitting = " and ".join(COSINES) if model.is_encoder else "kl, top1 and perplexity"
+            raise InputError(
+                f"accept.{i}: {gate.metric} is no metric of a model like {model.source.spec}, which is a {kind}"
+                f" ({model.family.name})",
+                hint=f"metrics of {kind}s: {fitting}",
+            )
+    if model.is_encoder and not gates:
+        raise InputError(
+            f"{model.source.spec} is an encoder ({model.family.name}), and the recipe names no text to measure it on",
+            hint="accept: [{metric: cosine, min: 0.99, data: texts.txt}], a text on each line of that file",
+        )
+
+
 def _check_gates(gates: Sequence[Gate], longest: int | None) -> None:
     for gate in gates:
         if longest is not None and gate.tokens > longest:
@@ -175,9 +199,10 @@ def _check_gates(gates: Sequence[Gate], longest: int | None) -> None:
 
 def _export(
     recipe: Recipe, model: Model, directory: Path, progress: Progress
-) -> tuple[list[Engine], list[Checkpoint], dict[str, list[PassRecord]]]:
+) -> tuple[list[Engine], list[EncoderEngine], list[Checkpoint], dict[str, list[PassRecord]]]:
     """What was written, and what each graph pass did by the engine's path."""
     engines: list[Engine] = []
+    encoders: list[EncoderEngine] = []
     checkpoints: list[Checkpoint] = []
     records: dict[str, list[PassRecord]] = {}
     for item in recipe.export:
@@ -192,11 +217,13 @@ def _export(
             written, graph_records = item.instance.export(model, directory, context)
         if isinstance(written, Checkpoint):
             checkpoints.append(written)
+        elif isinstance(written, EncoderEngine):
+            encoders.append(written)
         else:
             engines.append(written)
         if graph_records:
             records[written.path] = graph_records
-    return engines, checkpoints, records
+    return engines, encoders, checkpoints, records
 
 
 def _copy_tokenizer(model: Model, directory: Path) -> None:
@@ -281,6 +308,26 @@ def _as_written(model: Model, checkpoints: list[Checkpoint], directory: Path, ca
     folders = (directory / each.path for each in checkpoints)
     readable = next((folder for folder in folders if any(folder.glob("*.safetensors"))), None)
     return model if readable is None else load_model(str(readable), cache=cache)
+
+
+def _measure_vectors(
+    recipe: Recipe,
+    source: Model,
+    encoders: list[EncoderEngine],
+    texts: "list[Tokens]",
+    directory: Path,
+    progress: Progress,
+) -> tuple[list[Measurement], Verdict]:
+    """Measure an encoder's engine against the source model on the gates' texts, and judge it."""
+    from llmopt.evaluation.gates import judge
+    from llmopt.evaluation.vectors import measure_vectors
+    from llmopt.runtime.backends.encoder import open_encoder_backend
+
+    threads = recipe.resources.thread_count
+    with progress.step("measure") as tick:
+        backend = open_encoder_backend(directory, encoders[0], threads=threads)
+        found = measure_vectors(source, backend, texts, threads=threads, progress=tick)
+    return found, judge(recipe.accept, found)
 
 
 def _may_pack(recipe: Recipe, model: Model, directory: Path) -> bool:

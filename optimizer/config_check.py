@@ -8,7 +8,7 @@ from llmopt.optimizer.decoder import Decoder, Layer, Rope
 from llmopt.optimizer.errors import InputError, UnsupportedError
 from llmopt.optimizer.resolver import describe
 
-__all__ = ["ROPE_TYPES", "check_completed", "check_given"]
+__all__ = ["ROPE_TYPES", "check_completed", "check_given", "check_numbers"]
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 
@@ -49,6 +49,16 @@ def check_given(config: Mapping[str, Any]) -> None:
                 f"{name}: {str(refused).lower()} in config.json is not supported: {meaning}",
                 hint="llmopt compiles text decoders whose tokens see earlier tokens only",
             )
+    check_numbers(config)
+
+
+def check_numbers(config: Mapping[str, Any]) -> None:
+    """The part of ``check_given`` that decoders and encoders have in common.
+
+    Raises:
+        UnsupportedError: A layer's kind is unknown.
+        InputError: A number is not positive, or a list has not one entry for each layer.
+    """
     for name in _COUNTS:
         value = config.get(name)
         if isinstance(value, int) and not isinstance(value, bool) and value < 1:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from llmopt.optimizer.decoder import Decoder, Experts
+from llmopt.optimizer.encoder import Encoder
 from llmopt.optimizer.manifest import Layer, PassRecord
 from llmopt.optimizer.model import Model, QuantWeight, Weight
 
@@ -33,7 +34,7 @@ def sizes_of(model: Model) -> dict[str, dict[str, int]]:
     The parts are embedding, attention, mlp, experts, head and other: norms, biases of norms, routers, positions. The
     table of a tied model is one part, ``embedding and head``.
     """
-    parts = _parts(model.decoder, is_tied=model.is_tied)
+    parts = _encoder_parts(model.encoder) if model.is_encoder else _parts(model.decoder, is_tied=model.is_tied)
     sizes: dict[str, dict[str, int]] = {part: {} for part in dict.fromkeys([*parts.values(), "other"])}
     for name, weight in model.weights.items():
         found = sizes[parts.get(name.rpartition(".")[0], "other")]
@@ -49,6 +50,13 @@ def _parts(decoder: Decoder, *, is_tied: bool) -> dict[str, str]:
         parts |= dict.fromkeys(layer.mlp.linears, "experts" if isinstance(layer.mlp, Experts) else "mlp")
     if not is_tied:
         parts[decoder.head] = "head"
+    return parts
+
+
+def _encoder_parts(encoder: Encoder) -> dict[str, str]:
+    parts = {encoder.embedding: "embedding"}
+    for layer in encoder.layers:
+        parts |= dict.fromkeys(layer.attention, "attention") | dict.fromkeys(layer.mlp, "mlp")
     return parts
 
 

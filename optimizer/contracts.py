@@ -15,7 +15,7 @@ from llmopt.optimizer.target import Target
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from llmopt.optimizer.manifest import Checkpoint, Engine, PassRecord
+    from llmopt.optimizer.manifest import Checkpoint, EncoderEngine, Engine, PassRecord
     from llmopt.optimizer.model import Model, Weight
     from llmopt.optimizer.tokens import Tokens
 
@@ -100,6 +100,9 @@ class WeightPass(_Options):
     dequantizes: ClassVar[bool] = False
     """Whether nothing is quantized behind it, whatever the model was before."""
 
+    for_encoders: ClassVar[bool] = False
+    """Whether it takes encoders too."""
+
     @property
     def adds(self) -> frozenset[Feature]:
         """What the model has afterwards that not every exporter can write."""
@@ -153,6 +156,9 @@ class Exporter(_Options):
         """What it can write of a model beside its weights."""
         return frozenset(get_args(Feature))
 
+    for_encoders: ClassVar[bool] = False
+    """Whether it writes encoders too."""
+
     @abstractmethod
     def check(self, model: "Model") -> None:
         """Raise ``UnsupportedError`` or ``PassError`` when ``model`` cannot be exported. Cheap."""
@@ -189,5 +195,5 @@ class Exporter(_Options):
     @abstractmethod
     def export(
         self, model: "Model", directory: Path, context: PassContext
-    ) -> "tuple[Engine | Checkpoint, list[PassRecord]]":
+    ) -> "tuple[Engine | EncoderEngine | Checkpoint, list[PassRecord]]":
         """Write the engine or checkpoint below ``directory`` and describe it, with a record per graph pass."""

@@ -5,7 +5,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
 
-__all__ = ["SAMPLED_WINDOWS", "Gate", "Percent"]
+__all__ = ["COSINES", "SAMPLED_WINDOWS", "Gate", "Percent"]
+
+COSINES = ("cosine", "min_cosine")
+"""The metrics of encoders."""
+
+_LINES = 256
+"""Of a text that encoders are measured on."""
 
 SAMPLED_WINDOWS = (16, 128)
 """Windows, and tokens of each, where nobody says: few decoding steps, because a model writes token by token."""
@@ -24,7 +30,13 @@ def _fraction(value: object) -> object:
 Percent = Annotated[float, BeforeValidator(_fraction, json_schema_input_type=float | str), Field(ge=0)]
 """A fraction, written as ``3%`` or ``0.03``."""
 
-_LIMITS = {"kl": ("max",), "top1": ("min",), "perplexity": ("max", "max_increase")}
+_LIMITS = {
+    "kl": ("max",),
+    "top1": ("min",),
+    "perplexity": ("max", "max_increase"),
+    "cosine": ("min",),
+    "min_cosine": ("min",),
+}
 
 
 class Gate(BaseModel):
@@ -32,18 +44,31 @@ class Gate(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    metric: Literal["kl", "top1", "perplexity"] = Field(
+    metric: Literal["kl", "top1", "perplexity", "cosine", "min_cosine"] = Field(
         description="kl: mean KL divergence from the source model, in nats per token; top1: share of tokens whose "
-        "most likely next token is the source model's; perplexity: of the engine on a text."
+        "most likely next token is the source model's; perplexity: of the engine on a text. Of encoders, cosine: mean "
+        "cosine similarity of the engine's vectors to the source model's; min_cosine: the smallest."
     )
     max: float | None = Field(None, ge=0, description="Largest accepted value (kl, perplexity).")
-    min: float | None = Field(None, ge=0, le=1, description="Smallest accepted value (top1).")
+    min: float | None = Field(None, ge=0, le=1, description="Smallest accepted value (top1, cosine, min_cosine).")
     max_increase: Percent | None = Field(None, description="Largest accepted increase over the source model's own.")
     data: Path | None = Field(
         None, description="A text file; omitted: text sampled from the source model. Relative to the recipe."
     )
-    windows: PositiveInt = Field(SAMPLED_WINDOWS[0], description="How many windows of the text are used.")
-    tokens: PositiveInt = Field(SAMPLED_WINDOWS[1], ge=2, description="Tokens per window.")
+    windows: PositiveInt = Field(
+        SAMPLED_WINDOWS[0],
+        description="How many windows of the text are used; for encoders, how many of its lines, omitted: 256.",
+    )
+    tokens: PositiveInt = Field(
+        SAMPLED_WINDOWS[1], ge=2, description="Tokens per window; for encoders, what longer lines are cut to."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _encoders_read_lines(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("metric") in COSINES:
+            return {"windows": _LINES, **data}
+        return data
 
     @model_validator(mode="after")
     def _limit_fits_metric(self) -> "Gate":
@@ -53,6 +78,8 @@ class Gate(BaseModel):
             raise ValueError(f"metric {self.metric} takes exactly one of: {', '.join(allowed)}")
         if self.metric == "perplexity" and self.data is None:
             raise ValueError("perplexity needs data: on sampled text it says little; use kl or top1 there")
+        if self.metric in COSINES and self.data is None:
+            raise ValueError(f"{self.metric} needs data: an encoder writes no text to be measured on")
         return self
 
     def describe(self) -> dict[str, Any]:

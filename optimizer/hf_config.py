@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llmopt.optimizer.arch.base import Arch
+from llmopt.optimizer.encoder import EncoderArch
 from llmopt.optimizer.errors import InputError
 
 __all__ = ["complete", "read_json"]
@@ -45,7 +46,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def complete(config: Mapping[str, Any], arch: Arch, where: object) -> dict[str, Any]:
+def complete(config: Mapping[str, Any], arch: Arch | EncoderArch, where: object) -> dict[str, Any]:
     """The config with every default its family has, in the current spelling.
 
     Older checkpoints leave out ``head_dim`` or ``num_key_value_heads`` and write ``rope_theta`` and ``rope_scaling``
@@ -75,7 +76,7 @@ def complete(config: Mapping[str, Any], arch: Arch, where: object) -> dict[str, 
     return full
 
 
-def _model_type(config: Mapping[str, Any], arch: Arch) -> str:
+def _model_type(config: Mapping[str, Any], arch: Arch | EncoderArch) -> str:
     """The model_type of a config; the architecture decides, as it does for what is computed."""
     architectures = config.get("architectures") or [""]
     return arch.models.get(str(architectures[0])) or str(config["model_type"])

@@ -11,12 +11,14 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llmopt.optimizer.errors import InputError, VerificationError
+from llmopt.optimizer.pooling import PoolingMode
 
 __all__ = [
     "MANIFEST_NAME",
     "SCHEMA",
     "CalibrationEntry",
     "Checkpoint",
+    "EncoderEngine",
     "Engine",
     "FileEntry",
     "GateResult",
@@ -63,6 +65,26 @@ class Engine(_Entry):
     capacity: int = Field(description="The longest sequence, in tokens: the slot size may be anything up to it.")
     max_chunk: int = Field(description="Most tokens in one prefill call.")
     min_chunk: int = Field(description="Fewest tokens in a prefill call that keep results bit-exact.")
+    features: list[str] = []
+
+
+class EncoderEngine(_Entry):
+    """An engine that makes vectors of texts: ids and mask in, vectors out. The contract is in docs/encoders.md."""
+
+    exporter: str
+    target: str
+    path: str = Field(description="Relative to the build directory; its folder is one of sentence-transformers.")
+    inputs: list[TensorInfo]
+    outputs: list[TensorInfo]
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    capacity: int = Field(description="What longer texts are cut to, in tokens, special ones included.")
+    pad_token: int = Field(description="The id that stands where a text has no token.")
+    pooling: PoolingMode = Field(description="How the tokens' vectors become one; see optimizer/pooling.py.")
+    normalize: bool = Field(description="Whether vectors have length 1.")
+    prompts: dict[str, str] = Field({}, description="What texts are read behind, by name.")
+    default_prompt: str | None = Field(None, description="The name of the prompt where a caller names none.")
     features: list[str] = []
 
 
@@ -168,11 +190,17 @@ class Manifest(_Entry):
     sizes: dict[str, dict[str, int]] = Field({}, description="Part of the model -> scheme or dtype -> bytes.")
     passes: list[PassRecord]
     graph_passes: dict[str, list[PassRecord]] = {}
-    engines: list[Engine]
+    engines: list[Engine] = Field([], description="Of decoders.")
+    encoders: list[EncoderEngine] = []
     checkpoints: list[Checkpoint] = []
     measurements: list[Measurement] = []
     verdict: Verdict
     files: dict[str, FileEntry] = {}
+
+    @property
+    def all_engines(self) -> list[Engine | EncoderEngine]:
+        """Of decoders and of encoders."""
+        return [*self.engines, *self.encoders]
 
     def save(self, directory: Path) -> None:
         """Write ``manifest.json``."""

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -13,12 +13,18 @@ from torch import Tensor
 
 from llmopt.optimizer.arch.base import Arch
 from llmopt.optimizer.decoder import Decoder
+from llmopt.optimizer.encoder import Encoder, EncoderArch, describe_encoder
+from llmopt.optimizer.errors import UnsupportedError
 from llmopt.optimizer.grid import from_grid, spread
+from llmopt.optimizer.pooling import Pooling
 from llmopt.optimizer.resolver import describe
 from llmopt.optimizer.scheme import Scheme
 
-__all__ = ["DenseWeight", "Model", "QuantTensors", "QuantWeight", "RowLoader", "Source", "Weight"]
+__all__ = ["DECODERS_ONLY", "DenseWeight", "Model", "QuantTensors", "QuantWeight", "RowLoader", "Source", "Weight"]
 
+
+DECODERS_ONLY = "encoders take round_to_nearest and the exporter onnx"
+"""The hint where something is not for encoders."""
 
 _BLOCK_BYTES = 32 << 20
 """Of the rows read at a time, were they float32."""
@@ -224,39 +230,72 @@ class Source:
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint under its own Hugging Face parameter names.
+    """A checkpoint under its own Hugging Face parameter names: of a decoder, or of an encoder.
 
     Attributes:
-        arch: The family's description.
+        family: The family's description.
         config: The Hugging Face ``config.json``.
         weights: Parameter name, as ``model.layers.0.mlp.up_proj.weight``, -> weight. With tied embeddings there
             is no ``lm_head.weight``: the head uses the embedding's entry.
         source: Where it came from.
+        pooling: How an encoder's vectors become one; of no meaning for a decoder.
     """
 
-    arch: Arch
+    family: Arch | EncoderArch
     config: Mapping[str, Any]
     weights: Mapping[str, Weight]
     source: Source
+    pooling: Pooling = field(default_factory=Pooling)
 
     def with_weights(self, changed: Mapping[str, Weight]) -> "Model":
         """This model with some weights replaced or added; the rest is shared."""
         return replace(self, weights=MappingProxyType({**self.weights, **changed}))
 
+    @property
+    def is_encoder(self) -> bool:
+        """Whether it makes vectors of texts; else it continues them."""
+        return isinstance(self.family, EncoderArch)
+
+    @property
+    def arch(self) -> Arch:
+        """The family's description, of a decoder.
+
+        Raises:
+            UnsupportedError: It is an encoder.
+        """
+        if isinstance(self.family, EncoderArch):
+            raise UnsupportedError(f"{self.family.name} is an encoder, and this needs a decoder", hint=DECODERS_ONLY)
+        return self.family
+
     @cached_property
     def decoder(self) -> Decoder:
-        """What it computes: names and numbers."""
+        """What a decoder computes: names and numbers.
+
+        Raises:
+            UnsupportedError: It is an encoder.
+        """
         return describe(self.arch, self.config, self.weights.keys())
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """The parts of an encoder: names and numbers."""
+        assert isinstance(self.family, EncoderArch)
+        return describe_encoder(self.family, self.config, self.weights.keys())
+
+    @property
+    def network(self) -> Decoder | Encoder:
+        """What decoders and encoders have in common: layers of linears, and an embedding."""
+        return self.encoder if self.is_encoder else self.decoder
 
     @property
     def num_layers(self) -> int:
-        """Decoder layers."""
-        return len(self.decoder.layers)
+        """Layers."""
+        return len(self.network.layers)
 
     @property
     def is_tied(self) -> bool:
-        """Whether the head uses the embedding's table."""
-        return f"{self.arch.head}.weight" not in self.weights
+        """Whether the head uses the embedding's table; an encoder has no head."""
+        return not self.is_encoder and f"{self.arch.head}.weight" not in self.weights
 
     def cache_scales(self, index: int) -> tuple[Weight, Weight] | None:
         """The scales of layer ``index``'s cached keys and values, float32 ``[kv_heads * head_dim]`` or ``[1]``.
@@ -269,8 +308,8 @@ class Model:
 
     def weight_of(self, module: str) -> str:
         """The parameter name of a linear module's weight; the head of a tied model has the embedding's."""
-        if module == self.arch.head and self.is_tied:
-            return f"{self.arch.embedding}.weight"
+        if self.is_tied and module == self.network.head:
+            return f"{self.network.embedding}.weight"
         return f"{module}.weight"
 
     def input_rotation(self, module: str) -> Weight | None:
@@ -282,4 +321,4 @@ class Model:
 
     def linears(self) -> list[str]:
         """Module names of every linear layer in data order, the head last."""
-        return list(self.decoder.linears)
+        return list(self.network.linears)

@@ -2,7 +2,7 @@
 
 from llmopt.optimizer.contracts import Exporter, QuantPass
 from llmopt.optimizer.errors import UnsupportedError
-from llmopt.optimizer.model import Model, QuantWeight
+from llmopt.optimizer.model import DECODERS_ONLY, Model, QuantWeight
 from llmopt.optimizer.recipe import Recipe
 from llmopt.optimizer.scheme import Scheme
 
@@ -16,6 +16,8 @@ def check_model(recipe: Recipe, model: Model) -> None:
         PassError: The first pass refuses the model.
         UnsupportedError: A target cannot run what the recipe makes of the model, or an exporter cannot write it.
     """
+    if model.is_encoder:
+        _check_encoder(recipe, model)
     for step in recipe.passes[:1]:
         step.instance.requires(model)
     if not any(step.instance.dequantizes for step in recipe.passes):
@@ -32,7 +34,7 @@ def check_as_it_is(model: Model, exporter: Exporter) -> None:
     Raises:
         UnsupportedError: Naming the first linear that cannot.
     """
-    experts = model.decoder.expert_linears
+    experts = model.network.expert_linears
     for module in model.linears():
         weight = model.weights[model.weight_of(module)]
         if not isinstance(weight, QuantWeight):
@@ -42,6 +44,22 @@ def check_as_it_is(model: Model, exporter: Exporter) -> None:
             raise UnsupportedError(
                 f"{module} is quantized to {weight.scheme.name} in the model: {reason}",
                 hint="in a recipe, the pass dequantize before others quantizes it otherwise",
+            )
+
+
+def _check_encoder(recipe: Recipe, model: Model) -> None:
+    """Refuse what is made for decoders, by its place in the recipe."""
+    named = [(f"passes.{i}.{each.name}", each.instance.for_encoders) for i, each in enumerate(recipe.passes)]
+    named += [(f"export.{i}.{each.name}", each.instance.for_encoders) for i, each in enumerate(recipe.export)]
+    for where, takes_encoders in named:
+        if not takes_encoders:
+            what = f"{where} is for decoders, and {model.source.spec} is an encoder ({model.family.name})"
+            raise UnsupportedError(what, hint=DECODERS_ONLY)
+    for i, step in enumerate(recipe.passes):
+        if step.instance.needs_calibration:
+            raise UnsupportedError(
+                f"passes.{i}.{step.name}: input scales that are known in advance come from text that a decoder reads",
+                hint="for an encoder take W8A8, whose scales are found per token while it runs",
             )
 
 
@@ -58,7 +76,7 @@ def _check_modules(recipe: Recipe, model: Model) -> None:
 
 
 def _check_module(recipe: Recipe, model: Model, place: str, module: str, scheme: Scheme) -> None:
-    shape, is_expert = model.weights[model.weight_of(module)].shape, module in model.decoder.expert_linears
+    shape, is_expert = model.weights[model.weight_of(module)].shape, module in model.network.expert_linears
     for item in recipe.export:
         reason = item.instance.refusal(scheme, experts=is_expert, shape=shape)
         if reason is not None:

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from llmopt.optimizer.arch import known_encoders
 from llmopt.optimizer.arch.base import Arch, AttentionPart, ExpertsPart, LayerNorms, MlpPart
 from llmopt.optimizer.errors import UnsupportedError
 
@@ -45,7 +46,14 @@ def refusal(config: Mapping[str, Any], parameters: Collection[str], known: Seque
         )
     what = f"{'architecture' if given else 'model type'} {wanted} is not supported"
     names = sorted({name for arch in known for name in arch.models})
-    supported = f"supported: {', '.join(names)}; a family is one file in optimizer/arch/"
+    encoders: dict[str, str] = {name: kind for arch in known_encoders() for name, kind in arch.models.items()}
+    supported = f"supported: {', '.join(names)}; encoders: {', '.join(sorted(encoders))}; see docs/families.md"
+    encoder = next((name for name, kind in encoders.items() if kind == config.get("model_type")), None)
+    if encoder is not None:
+        return UnsupportedError(
+            f"{what}; of {config.get('model_type')} models llmopt compiles the encoder and the pooling behind it",
+            hint=f"save the encoder alone, as {encoder}",
+        )
     inside = config.get("text_config")
     if isinstance(inside, Mapping):
         alone = [name for arch in known for name, kind in arch.models.items() if kind == inside.get("model_type")]

@@ -215,7 +215,7 @@ def _refuse_losses(name: str, model: Model, result: Model) -> None:
         PassError: Something else was changed, or a weight was removed.
     """
     lost = sorted(model.weights.keys() - result.weights.keys())
-    if lost or (result.arch, result.config) != (model.arch, model.config):
+    if lost or (result.family, result.config) != (model.family, model.config):
         what = f"removed {lost[0]}" if lost else "changed the model's configuration"
         raise PassError(f"{name} {what}", hint="a pass may replace and add weights; this is a bug in the pass")
 

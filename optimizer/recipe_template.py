@@ -8,6 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from llmopt.optimizer import arch
+from llmopt.optimizer.encoder import EncoderArch
 from llmopt.optimizer.errors import UnsupportedError
 from llmopt.optimizer.scheme import Scheme, preset
 
@@ -100,7 +101,8 @@ def input_widths(model: Path) -> set[int] | None:
         return {entry.shape[1] for entry in read_header(model).tensors.values() if len(entry.shape) == 2} or None
     try:
         config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-        transposed = arch.find(config).transposed
+        family = arch.find(config)
+        transposed = () if isinstance(family, EncoderArch) else family.transposed
         shapes = [entry for file in model.glob("*.safetensors") for entry in _shapes(file)]
     except (OSError, ValueError, AttributeError, SafetensorError, UnsupportedError):  # only a better default is lost
         return None

@@ -1,7 +1,7 @@
 """From the recipe's ``model:`` to a ``Model``: a directory, a GGUF file, a file in a wheel, or a model on the hub."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -15,11 +15,14 @@ from llmopt.optimizer.cache import digest_of
 from llmopt.optimizer.checkpoint import as_floats, fit_to_shapes, open_checkpoint, some, stored_names, weight_files
 from llmopt.optimizer.config_check import check_completed, check_given
 from llmopt.optimizer.digests import file_digests
+from llmopt.optimizer.encoder import EncoderArch
+from llmopt.optimizer.encoder_checkpoint import check_encoder_config, encoder_weights
 from llmopt.optimizer.errors import InputError
 from llmopt.optimizer.gguf_header import read_header
 from llmopt.optimizer.hf_config import complete, read_json
 from llmopt.optimizer.model import Model, QuantWeight, Source, Weight
 from llmopt.optimizer.parameters import expected_parameters, in_our_names, weight_shapes
+from llmopt.optimizer.pooling import Pooling, read_pooling
 from llmopt.optimizer.quantized.reader import Reading, quantization_of, read_quantized
 from llmopt.optimizer.resolver import describe
 
@@ -28,13 +31,14 @@ __all__ = ["load_model", "locate"]
 
 @dataclass(frozen=True, slots=True)
 class _Loaded:
-    """What the two kinds of files have in common once they are open."""
+    """What the kinds of files have in common once they are open."""
 
-    arch: Arch
+    family: Arch | EncoderArch
     config: Mapping[str, Any]
     weights: Mapping[str, Weight]
     files: Mapping[str, str]
     tokenizer_dir: Path
+    pooling: Pooling = field(default_factory=Pooling)
     notes: tuple[str, ...] = ()
 
 
@@ -53,9 +57,9 @@ def load_model(spec: str, *, cache: Path, base: Path | None = None, offline: boo
     """
     path = locate(spec, cache=cache, base=base, offline=offline)
     loaded = _load_directory(path, cache) if path.is_dir() else _load_gguf(path, cache)
-    digest = digest_of(dict(loaded.files))
+    digest, weights = digest_of(dict(loaded.files)), MappingProxyType(dict(loaded.weights))
     source = Source(spec, digest, MappingProxyType(dict(loaded.files)), loaded.tokenizer_dir, loaded.notes)
-    return Model(loaded.arch, dict(loaded.config), MappingProxyType(dict(loaded.weights)), source)
+    return Model(loaded.family, dict(loaded.config), weights, source, loaded.pooling)
 
 
 def locate(spec: str, *, cache: Path, base: Path | None = None, offline: bool = False) -> Path:
@@ -83,6 +87,8 @@ def _load_directory(directory: Path, cache: Path) -> _Loaded:
         raise InputError(f"{directory} holds GGUF files; name one of them", hint=", ".join(ggufs[:3]))
     raw = read_json(directory / "config.json")
     arch = families.find(raw, lambda: stored_names(directory))
+    if isinstance(arch, EncoderArch):
+        return _load_encoder(directory, raw, arch, cache)
     check_given(raw)
     config = complete(raw, arch, directory)
     tensors, quantization = open_checkpoint(directory), quantization_of(raw, directory)
@@ -95,13 +101,9 @@ def _load_directory(directory: Path, cache: Path) -> _Loaded:
     unused = _drop_unused_biases(weights, shapes)
     shapes |= _cache_scales(config, arch, weights)
     weights = fit_to_shapes(weights, shapes, directory)
-    present = [name for name in tokenizer_files.TOKENIZER_FILES if (directory / name).is_file()]
-    names = ["config.json", *present, *(path.name for path in weight_files(directory))]
-    if quantization is not None and quantization.file is not None:
-        names.append(quantization.file)
-    files = file_digests({name: directory / name for name in names}, cache)
-    tokenizer_dir = tokenizer_files.prepare(directory, config, {name: files[name] for name in present}, cache)
-    return _Loaded(arch, config, weights, files, tokenizer_dir, (*stored.notes, *unused))
+    others = [] if quantization is None or quantization.file is None else [quantization.file]
+    files, tokenizer_dir = _digested(directory, config, cache, others)
+    return _Loaded(arch, config, weights, files, tokenizer_dir, notes=(*stored.notes, *unused))
 
 
 def _cache_scales(config: Mapping[str, Any], arch: Arch, weights: Mapping[str, Weight]) -> dict[str, tuple[int, ...]]:
@@ -124,6 +126,25 @@ def _drop_unused_biases(weights: dict[str, Weight], shapes: Mapping[str, tuple[i
     for name in unused:
         weights.pop(name)
     return [f"biases of zeros that the model has no place for are left out: {some(unused)}"] if unused else []
+
+
+def _load_encoder(directory: Path, raw: Mapping[str, Any], arch: EncoderArch, cache: Path) -> _Loaded:
+    check_encoder_config(raw, arch)
+    config = complete(raw, arch, directory)
+    pooling, names = read_pooling(directory)
+    weights = encoder_weights(as_floats(open_checkpoint(directory)), config, arch, directory)
+    files, tokenizer_dir = _digested(directory, config, cache, names)
+    return _Loaded(arch, config, weights, files, tokenizer_dir, pooling)
+
+
+def _digested(
+    directory: Path, config: Mapping[str, Any], cache: Path, others: Sequence[str] = ()
+) -> tuple[dict[str, str], Path]:
+    """The digests of all files that a checkpoint is read from, and the directory of its tokenizer."""
+    present = [name for name in tokenizer_files.TOKENIZER_FILES if (directory / name).is_file()]
+    names = ["config.json", *present, *others, *(path.name for path in weight_files(directory))]
+    files = file_digests({name: directory / name for name in names}, cache)
+    return files, tokenizer_files.prepare(directory, config, {name: files[name] for name in present}, cache)
 
 
 def _settle_tie(

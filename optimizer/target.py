@@ -13,11 +13,13 @@ class Target:
 
     Attributes:
         name: As in a recipe.
-        graph_passes: The graph passes its lowering consists of, in order: file names in ``passes/graph/``.
+        graph_passes: The graph passes its lowering of decoders consists of, in order: file names in ``passes/graph/``.
+        encoder_passes: Those of its lowering of encoders.
     """
 
     name: str
     graph_passes: tuple[str, ...]
+    encoder_passes: tuple[str, ...]
 
     def refusal(self, scheme: Scheme, *, experts: bool = False) -> str | None:
         """Why this target cannot run ``scheme`` in a linear, or in the experts of a mixture; None when it can."""
@@ -79,6 +81,17 @@ TARGETS = {
             "lower_attention",
             "lower_embedding",
             "lower_experts",
+            "share_activation_quantization",
+            "lower_linear",
+            "inline_composites",
+            "fold_constants",
+            "eliminate_common_subexpressions",
+            "eliminate_dead_code",
+            "share_weights",
+        ),
+        encoder_passes=(
+            "fuse_self_attention",
+            "lower_embedding",
             "share_activation_quantization",
             "lower_linear",
             "inline_composites",

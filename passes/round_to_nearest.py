@@ -1,5 +1,7 @@
 """Round-to-nearest weights: the baseline that every cleverer quantizer must beat."""
 
+from typing import ClassVar
+
 import torch
 
 from llmopt.calibration.input_maxima import input_maxima
@@ -20,6 +22,7 @@ class RoundToNearest(SchemeQuantPass):
     """
 
     chooses_input_scales = "all"
+    for_encoders: ClassVar[bool] = True
 
     @property
     def needs_calibration(self) -> bool:  # type: ignore[override]  # the class alone does not know

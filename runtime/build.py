@@ -12,7 +12,15 @@ from llmopt.optimizer.manifest import MANIFEST_NAME, Engine, Manifest, sha256_of
 from llmopt.runtime.backends.base import Backend
 from llmopt.runtime.text import Tokenizer
 
-__all__ = ["DEFAULT_CONTEXT", "DEFAULT_SLOTS", "Build", "default_threads", "open_build", "pool_bytes"]
+__all__ = [
+    "DEFAULT_CONTEXT",
+    "DEFAULT_SLOTS",
+    "Build",
+    "default_threads",
+    "open_build",
+    "pool_bytes",
+    "refuse_rejected",
+]
 
 DEFAULT_SLOTS = 8
 DEFAULT_CONTEXT = 2048
@@ -67,7 +75,7 @@ def open_build(
     """
     manifest = Manifest.load(directory, verify=verify)
     if manifest.verdict.status == "rejected":
-        _refuse_rejected(directory, manifest, force=force)
+        refuse_rejected(directory, manifest, force=force)
     engine = _pick_engine(directory, manifest)
     capacity = min(engine.capacity, DEFAULT_CONTEXT) if context is None else context
     tokenizer = Tokenizer(directory)
@@ -91,7 +99,12 @@ def pool_bytes(engine: Engine, slots: int, capacity: int) -> int:
     return slots * capacity * per_token
 
 
-def _refuse_rejected(directory: Path, manifest: Manifest, *, force: bool) -> None:
+def refuse_rejected(directory: Path, manifest: Manifest, *, force: bool) -> None:
+    """Refuse a build that missed its gates; with ``force`` only say so.
+
+    Raises:
+        RejectedError: Without ``force``.
+    """
     missed = [gate for gate in manifest.verdict.gates if not gate.passed]
     named = ", ".join(f"{gate.gate.get('metric')} is {gate.value:.4g}" for gate in missed) or "no gate is named"
     if not force:
@@ -106,6 +119,11 @@ def _pick_engine(directory: Path, manifest: Manifest) -> Engine:
     for engine in manifest.engines:
         if engine.exporter == "onnx" and engine.target == "cpu":
             return engine
+    if manifest.encoders:
+        raise InputError(
+            f"{directory} is a build of an encoder ({manifest.architecture}), which continues no text",
+            hint="llmopt.runtime.encoder.Encoder makes vectors of texts with it",
+        )
     found = ", ".join(f"{engine.exporter} for {engine.target}" for engine in manifest.engines) or "none"
     raise InputError(
         f"{directory} has no engine that can be executed here (engines: {found})",

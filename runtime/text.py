@@ -50,6 +50,14 @@ class Tokenizer:
         """Token ids of ``text``, with the special tokens around it that the tokenizer adds by itself, or without."""
         return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
+    def encode_cut(self, text: str, tokens: int) -> list[int]:
+        """The first ``tokens`` ids of ``text``, its special tokens kept: those behind the text, too."""
+        self._tokenizer.enable_truncation(tokens)
+        try:
+            return self.encode(text, add_special_tokens=True)
+        finally:
+            self._tokenizer.no_truncation()
+
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of ``ids``; unknown ids have none."""
         return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)

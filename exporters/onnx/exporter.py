@@ -4,35 +4,37 @@ Its flavor decides about inputs and outputs: our runtime's, or those of onnxrunt
 """
 
 import importlib.util
-from collections.abc import Callable
+import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import onnx_ir as ir
 from pydantic import Field
 
+from llmopt.exporters.onnx.encoder_engine import export_encoder
+from llmopt.exporters.onnx.engine_files import save_graph, tensor_info, vnni_feature
 from llmopt.exporters.onnx.genai import with_genai_interface, write_genai_files
 from llmopt.exporters.onnx.lowering import lowered_graph
 from llmopt.exporters.onnx.rope import check_rope, longest_with, rope_note
 from llmopt.exporters.onnx.verify import verify_lowering
 from llmopt.optimizer.contracts import Exporter, PassContext
 from llmopt.optimizer.decoder import Decoder, Rope
-from llmopt.optimizer.errors import MissingExtraError, UnsupportedError
-from llmopt.optimizer.instructions import VNNI, host_instructions
-from llmopt.optimizer.manifest import Checkpoint, Engine, PassRecord, TensorInfo
-from llmopt.optimizer.model import DenseWeight, Model, QuantWeight
-from llmopt.optimizer.scheme import Scheme
+from llmopt.optimizer.errors import InputError, MissingExtraError, UnsupportedError
+from llmopt.optimizer.manifest import Checkpoint, EncoderEngine, Engine, PassRecord
+from llmopt.optimizer.model import DenseWeight, Model
+from llmopt.optimizer.pooling import Pooling, PoolingMode
 from llmopt.optimizer.target import TARGETS, Target
 
 __all__ = ["Onnx"]
 
-_DTYPES = {ir.DataType.FLOAT: "float32", ir.DataType.INT64: "int64", ir.DataType.INT8: "int8"}
 _MAX_CHUNK = 512
-_FILE = "model.onnx"
 
 
 class Onnx(Exporter):
     """Write ``engine/model.onnx`` and its external data, or those of onnxruntime-genai into ``genai/``."""
+
+    for_encoders: ClassVar[bool] = True
 
     target: Literal["cpu"] = Field("cpu", description="What executes the engine: cpu, by ONNX Runtime.")
     flavor: Literal["llmopt", "genai"] = Field(
@@ -43,6 +45,17 @@ class Onnx(Exporter):
         None,
         ge=4,
         description="The longest sequence in tokens; omitted: the model's max_position_embeddings.",
+    )
+
+    pooling: PoolingMode | None = Field(
+        None,
+        description="How an encoder's vectors of tokens become one; omitted: as the files of sentence-transformers "
+        "beside the model say, mean where there are none.",
+    )
+    normalize: bool | None = Field(
+        None,
+        description="Whether an encoder's vectors are divided by their length; omitted: as these files say, no where "
+        "there are none.",
     )
 
     @property
@@ -63,10 +76,12 @@ class Onnx(Exporter):
         """
         if importlib.util.find_spec("onnxruntime") is None:
             raise MissingExtraError("onnxruntime", "cpu")
-        decoder = model.decoder
-        for rope in _ropes(decoder):
-            check_rope(rope)
-        longest = self._longest(decoder)
+        if model.is_encoder:
+            self._check_flavor(model)
+            longest = self._pooled(model).encoder.max_positions
+        else:
+            self._check_decoder(model.decoder)
+            longest = self._longest(model.decoder)
         if self.capacity is not None and self.capacity > longest:
             raise UnsupportedError(
                 f"capacity {self.capacity} is beyond the model's {longest} positions", hint="lower it or leave it out"
@@ -74,6 +89,8 @@ class Onnx(Exporter):
 
     def longest(self, model: Model) -> int:
         """See ``Exporter.longest``."""
+        if model.is_encoder:
+            return self.capacity or min(model.pooling.max_tokens or sys.maxsize, model.encoder.max_positions)
         return self.capacity or model.decoder.max_positions
 
     def estimate(self, model: Model) -> int:
@@ -83,13 +100,52 @@ class Onnx(Exporter):
 
     def export(
         self, model: Model, directory: Path, context: PassContext
-    ) -> tuple[Engine | Checkpoint, list[PassRecord]]:
+    ) -> tuple[Engine | EncoderEngine | Checkpoint, list[PassRecord]]:
         """See ``Exporter.export``.
 
         Raises:
             VerificationError: The lowered graph does not compute what the standard graph does.
         """
         target = TARGETS[self.target]
+        if model.is_encoder:
+            return export_encoder(self._pooled(model), target, directory, context, capacity=self.longest(model))
+        return self._export_decoder(model, target, directory, context)
+
+    def _pooled(self, model: Model) -> Model:
+        """The encoder with this exporter's pooling.
+
+        Raises:
+            InputError: Its own files say otherwise.
+        """
+        found = model.pooling
+        mode = found.mode if self.pooling is None else self.pooling
+        normalize = found.normalize if self.normalize is None else self.normalize
+        wanted = replace(found, mode=mode, normalize=normalize)
+        if found.is_given and wanted != found:
+            raise InputError(
+                f"the recipe asks for {_words(wanted)}, the model's own files for {_words(found)}",
+                hint="leave the options out; they are for encoders without files of sentence-transformers",
+            )
+        return replace(model, pooling=wanted)
+
+    def _check_flavor(self, model: Model) -> None:
+        if self.flavor != "llmopt":
+            raise UnsupportedError(
+                f"flavor: {self.flavor} is for decoders, and {model.family.name} is an encoder",
+                hint="leave it out: sentence-transformers loads the engine's own folder",
+            )
+
+    def _check_decoder(self, decoder: Decoder) -> None:
+        if self.pooling is not None or self.normalize is not None:
+            raise UnsupportedError(
+                f"pooling and normalize are options for encoders, and {decoder.name} is none", hint="remove them"
+            )
+        for rope in _ropes(decoder):
+            check_rope(rope)
+
+    def _export_decoder(
+        self, model: Model, target: Target, directory: Path, context: PassContext
+    ) -> tuple[Engine | Checkpoint, list[PassRecord]]:
         capacity = self.longest(model)
         for rope in _ropes(model.decoder):
             if note := rope_note(rope, capacity):
@@ -99,13 +155,11 @@ class Onnx(Exporter):
         options = {"level": context.verify}
         records.append(PassRecord(name="verify_lowering", options=options, changed=False, details=differences))
         folder = directory / self.folder
-        folder.mkdir(parents=True)
         if self.flavor == "genai":
-            graph = with_genai_interface(graph)
+            save_graph(with_genai_interface(graph), folder, context)
             write_genai_files(model, folder, capacity=capacity)
-        ir.save(graph, folder / _FILE, external_data=f"{_FILE}.data", callback=_progress(context))
-        if self.flavor == "genai":
             return Checkpoint(path=self.folder, format="genai", dtype="float32", notes=_genai_notes(model)), records
+        save_graph(graph, folder, context)
         return self._describe(model, graph, capacity), records
 
     def _longest(self, decoder: Decoder) -> int:
@@ -117,9 +171,9 @@ class Onnx(Exporter):
         return Engine(
             exporter="onnx",
             target=self.target,
-            path=f"{self.folder}/{_FILE}",
-            inputs=[_info(value) for value in graph.graph.inputs],
-            outputs=[_info(value) for value in graph.graph.outputs],
+            path=f"{self.folder}/model.onnx",
+            inputs=[tensor_info(value) for value in graph.graph.inputs],
+            outputs=[tensor_info(value) for value in graph.graph.outputs],
             num_layers=len(decoder.layers),
             kv_heads=decoder.kv_heads,
             head_dim=decoder.head_dim,
@@ -128,30 +182,20 @@ class Onnx(Exporter):
             capacity=capacity,
             max_chunk=min(_MAX_CHUNK, capacity),
             min_chunk=2,
-            features=_features(model),
+            features=[*([] if model.cache_scales(0) is None else ["int8_kv"]), *vnni_feature(model)],
         )
-
-
-def _features(model: Model) -> list[str]:
-    """What whoever executes the engine must know."""
-    features = [] if model.cache_scales(0) is None else ["int8_kv"]
-    quantized = [weight for weight in model.weights.values() if isinstance(weight, QuantWeight)]
-    if host_instructions() == VNNI and any(_is_lowered_for_vnni(weight.scheme) for weight in quantized):
-        features.append(VNNI)
-    return features
 
 
 def _genai_notes(model: Model) -> list[str]:
     """What whoever opens the folder must know; genai's config has no place for it."""
     notes = ["its logits are those of each sequence's last token"]
-    if VNNI in _features(model):
+    if vnni_feature(model):
         notes.append("its kernels are right on CPUs with VNNI only: build it where it will run")
     return notes
 
 
-def _is_lowered_for_vnni(scheme: Scheme) -> bool:
-    """Whether a linear's kernel is another one without: products of two integers, and blocks of few bits."""
-    return scheme.weights.type == "int" and (scheme.input_activations is not None or scheme.weights.num_bits < 8)
+def _words(pooling: Pooling) -> str:
+    return f"pooling: {pooling.mode} {'with' if pooling.normalize else 'without'} normalize"
 
 
 def _ropes(decoder: Decoder) -> list[Rope]:
@@ -161,17 +205,3 @@ def _ropes(decoder: Decoder) -> list[Rope]:
         if layer.attention.rope is not None and layer.attention.rope not in ropes:
             ropes.append(layer.attention.rope)
     return ropes
-
-
-def _progress(context: PassContext) -> Callable[[ir.TensorProtocol, ir.external_data.CallbackInfo], None]:
-    def report(_: ir.TensorProtocol, info: ir.external_data.CallbackInfo) -> None:
-        context.progress(info.index + 1, info.total)
-
-    return report
-
-
-def _info(value: ir.Value) -> TensorInfo:
-    assert value.shape is not None
-    assert value.dtype is not None
-    dims = [size if isinstance(size, int) else str(size) for size in value.shape]
-    return TensorInfo(name=str(value.name), dtype=_DTYPES[value.dtype], dims=dims)

@@ -1,7 +1,7 @@
 """From the standard graph to a target's, one graph pass after the other."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -16,7 +16,7 @@ from llmopt.optimizer.model import Model
 from llmopt.optimizer.records import Recorder
 from llmopt.optimizer.target import Target
 
-__all__ = ["Stage", "lowered_graph", "stages"]
+__all__ = ["Stage", "finished", "lowered_graph", "passed", "stages"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +47,20 @@ def stages(
         decoder: What to compute with these weights; by default what the model's own config says.
     """
     graph = standard_graph(model, capacity=capacity, decoder=decoder)
+    yield from passed(graph, target.graph_passes, strict=strict)
+
+
+def passed(graph: ir.Model, names: Sequence[str], *, strict: bool = False) -> Iterator[Stage]:
+    """``graph`` as it is, then behind each of the graph passes called ``names``.
+
+    Args:
+        graph: A standard graph; changed in place.
+        names: Files in ``passes/graph/``.
+        strict: Whether a fallback is an error.
+    """
     common.ShapeInferencePass()(graph)
     yield Stage("standard", graph, None)
-    for name in target.graph_passes:
+    for name in names:
         recorder = Recorder(name, {}, strict=strict)
         before = _operators(graph)
         context = PassContext(note=recorder.note, fallback=recorder.fallback, detail=recorder.detail)
@@ -62,8 +73,13 @@ def lowered_graph(
     model: Model, target: Target, *, capacity: int, strict: bool = False, decoder: Decoder | None = None
 ) -> tuple[ir.Model, list[PassRecord]]:
     """The last of ``stages``: the graph ``target`` executes, with a record per graph pass."""
+    return finished(stages(model, target, capacity=capacity, strict=strict, decoder=decoder))
+
+
+def finished(steps: Iterator[Stage]) -> tuple[ir.Model, list[PassRecord]]:
+    """The graph of the last stage, with a record per graph pass."""
     records = []
-    for stage in stages(model, target, capacity=capacity, strict=strict, decoder=decoder):
+    for stage in steps:
         if stage.record is not None:
             records.append(stage.record)
     return stage.graph, records

@@ -6,17 +6,9 @@ import onnx_ir as ir
 from llmopt.exporters.onnx import composites
 from llmopt.exporters.onnx.builder import GraphBuilder
 from llmopt.exporters.onnx.composites import DOMAIN, OPSET
+from llmopt.exporters.onnx.linears import Linears
 from llmopt.exporters.onnx.rope import rope_tables
-from llmopt.exporters.onnx.weights import (
-    cache_scales,
-    expert_weights,
-    input_scale,
-    linear_weight,
-    packed_order,
-    reordered,
-    table,
-    vector,
-)
+from llmopt.exporters.onnx.weights import cache_scales, expert_weights, packed_order, table
 from llmopt.optimizer.decoder import Activation, Attention, Decoder, Experts, Layer, Mlp, Norm, Rope
 from llmopt.optimizer.model import Model, QuantWeight
 
@@ -48,8 +40,7 @@ class _Graph:
         self.decoder = decoder
         self.capacity = capacity
         self.builder = GraphBuilder()
-        self.functions: dict[str, ir.Function] = {}
-        self.made: dict[str, ir.Value] = {}
+        self.parts = Linears(model, self.builder)
         self.tables: list[tuple[Rope, ir.Value, ir.Value]] = []
         self.ids = _input("input_ids", ir.DataType.INT64, "batch", "tokens")
         self.lengths = _input("past_lengths", ir.DataType.INT64, "batch")
@@ -63,7 +54,7 @@ class _Graph:
         for i, layer in enumerate(self.decoder.layers):
             hidden, *present = self._layer(i, layer, hidden)
             presents += present
-        logits = self._composite(composites.select_rows(), self._head(hidden), self.rows, name="logits")
+        logits = self.parts.composite(composites.select_rows(), self._head(hidden), self.rows, name="logits")
         logits.type, logits.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(("rows", self.decoder.vocab_size))
         inputs = [self.ids, self.lengths, self.rows, *(cache for pair in self.past for cache in pair)]
         graph = ir.Graph(
@@ -74,7 +65,7 @@ class _Graph:
             opset_imports={"": OPSET, DOMAIN: 1},
             name=self.decoder.name,
         )
-        functions = list(self.functions.values())
+        functions = list(self.parts.functions.values())
         return ir.Model(graph, ir_version=IR_VERSION, producer_name="llmopt", functions=functions)
 
     def _cache(self, when: str, i: int) -> tuple[ir.Value, ir.Value]:
@@ -90,7 +81,7 @@ class _Graph:
         hidden = builder.op("Gather", self.table, self.ids, axis=0, name=f"{decoder.embedding}.output")
         hidden = self._times(hidden, decoder.embedding_scale, f"{decoder.embedding}.scaled")
         if decoder.project_in is not None:
-            hidden = self._linear(decoder.project_in, hidden)
+            hidden = self.parts.linear(decoder.project_in, hidden)
         if decoder.positions is None:
             return hidden
         learned = f"{decoder.positions}.weight"
@@ -103,7 +94,7 @@ class _Graph:
 
     def _positions(self) -> ir.Value:
         """Each token's position in its sequence, int64 ``[batch, tokens]``."""
-        if "positions" not in self.made:
+        if "positions" not in self.parts.made:
             builder = self.builder
             zero, one = (builder.constant(np.int64(number), f"int.{number}") for number in (0, 1))
             tokens = builder.op("Squeeze", builder.op("Shape", self.ids, start=1, end=2))
@@ -111,8 +102,8 @@ class _Graph:
             positions = builder.op("Add", first, builder.op("Range", zero, tokens, one), name="positions")
             # ONNX's own inference does not see that a Range up to the number of tokens has as many elements.
             positions.type, positions.shape = self.ids.type, self.ids.shape
-            self.made["positions"] = positions
-        return self.made["positions"]
+            self.parts.made["positions"] = positions
+        return self.parts.made["positions"]
 
     def _layer(self, i: int, layer: Layer, hidden: ir.Value) -> list[ir.Value]:
         """Hidden states after the ``i``-th layer, and its present key and value."""
@@ -145,7 +136,7 @@ class _Graph:
         scales = cache_scales(self.builder, self.model, attention)
         if scales and not mask:
             mask = [None]
-        self.functions.setdefault("SlotAttention", composites.slot_attention(int8=bool(scales)))
+        self.parts.functions.setdefault("SlotAttention", composites.slot_attention(int8=bool(scales)))
         attended, *present = self.builder.op_multi(
             "SlotAttention", query, key, value, *self.past[i], self.lengths, *mask, *scales,
             names=(f"{layer.name}.attention.output", f"present.{i}.key", f"present.{i}.value"),
@@ -158,14 +149,14 @@ class _Graph:
         )  # fmt: skip
         for value_out, like in zip(present, self._cache("present", i), strict=True):
             value_out.type, value_out.shape = like.type, like.shape
-        return [self._linear(attention.output, attended), *present]
+        return [self.parts.linear(attention.output, attended), *present]
 
     def _projections(self, layer: str, attention: Attention, x: ir.Value) -> list[ir.Value]:
         """Query ``[batch, tokens, heads*head_dim]``, key and value ``[batch, tokens, kv_heads*head_dim]``."""
         if attention.packed is None:
-            return [self._linear(name, x) for name in attention.inputs]
+            return [self.parts.linear(name, x) for name in attention.inputs]
         order = packed_order(attention) if attention.packing == "groups" else None
-        packed = self._linear(attention.packed, x, order=order)
+        packed = self.parts.linear(attention.packed, x, order=order)
         widths = [heads * attention.head_dim for heads in (attention.heads, attention.kv_heads, attention.kv_heads)]
         names = [f"{layer}.attention.packed.{part}" for part in ("query", "key", "value")]
         sizes = self.builder.constant(np.array(widths), "attention.widths")
@@ -204,36 +195,36 @@ class _Graph:
     def _mask(self, window: int, past_key: ir.Value) -> ir.Value:
         """Which cached tokens each token sees, bool ``[batch, 1, tokens, capacity]``, once for all layers."""
         name = f"window.{window}"
-        if name not in self.made:
+        if name not in self.parts.made:
             mask = composites.sliding_window_mask()
-            self.made[name] = self._composite(mask, self._positions(), past_key, name=name, window=window)
-        return self.made[name]
+            self.parts.made[name] = self.parts.composite(mask, self._positions(), past_key, name=name, window=window)
+        return self.parts.made[name]
 
     def _mlp(self, layer: str, mlp: Mlp, x: ir.Value) -> ir.Value:
         gate: ir.Value | None
         if mlp.packed is not None:
             names = [f"{layer}.mlp.packed.{part}" for part in ("gate", "up")]
-            packed = self._linear(mlp.packed, x)
+            packed = self.parts.linear(mlp.packed, x)
             gate, up = self.builder.op_multi("Split", packed, axis=-1, num_outputs=2, names=names)
         else:
             assert mlp.up is not None
-            gate = None if mlp.gate is None else self._linear(mlp.gate, x)
-            up = self._linear(mlp.up, x)
+            gate = None if mlp.gate is None else self.parts.linear(mlp.gate, x)
+            up = self.parts.linear(mlp.up, x)
         if gate is None:
             inner = self._activated(mlp.activation, up, f"{layer}.mlp.activated")
         else:
             activated = self._activated(mlp.activation, gate, f"{layer}.mlp.activated")
             inner = self.builder.op("Mul", activated, up, name=f"{layer}.mlp.product")
-        return self._linear(mlp.down, inner)
+        return self.parts.linear(mlp.down, inner)
 
     def _activated(self, activation: Activation, x: ir.Value, name: str) -> ir.Value:
         return composites.activated(self.builder, activation, x, name=name)
 
     def _experts(self, layer: str, experts: Experts, x: ir.Value) -> ir.Value:
-        scores = self._linear(experts.router, x)
+        scores = self.parts.linear(experts.router, x)
         weights = [tuple(self.model.weights[f"{name}.weight"] for name in expert) for expert in experts.experts]
         gate_up, down = expert_weights(self.builder, f"{layer}.mlp.experts", weights)
-        return self._composite(
+        return self.parts.composite(
             composites.experts(experts.activation), x, scores, gate_up, down,
             name=f"{layer}.mlp.experts.output",
             top_k=experts.top_k, normalize=int(experts.normalize), activation=experts.activation,
@@ -244,85 +235,23 @@ class _Graph:
         if norm is None:
             return x
         made = f"{norm.name}({x.name})"
-        if made in self.made:
-            return self.made[made]
+        if made in self.parts.made:
+            return self.parts.made[made]
         output = f"{norm.name}.output"
-        name = output if output not in self.made else f"{output}({x.name})"
+        name = output if output not in self.parts.made else f"{output}({x.name})"
         kind = "RMSNormalization" if norm.kind == "rms" else "LayerNormalization"
-        inputs = [self._vector(f"{norm.name}.weight", offset=norm.offset)]
+        inputs = [self.parts.vector(f"{norm.name}.weight", offset=norm.offset)]
         if norm.kind == "layer":
-            inputs.append(self._vector(f"{norm.name}.bias"))
+            inputs.append(self.parts.vector(f"{norm.name}.bias"))
         y = self.builder.op(kind, x, *inputs, axis=-1, epsilon=norm.epsilon, name=name)
-        self.made[made] = self.made[output] = y
+        self.parts.made[made] = self.parts.made[output] = y
         return y
-
-    def _vector(self, name: str, *, offset: float = 0.0) -> ir.Value:
-        """A norm's weight or bias, once for all that read it."""
-        if name not in self.made:
-            self.made[name] = vector(self.builder, name, self.model.weights[name], offset=offset)
-        return self.made[name]
-
-    def _linear(self, module: str, x: ir.Value, *, order: np.ndarray | None = None) -> ir.Value:
-        """``x`` times the module's weight, plus its bias; with ``order`` the outputs are in that order of rows."""
-        weight = self.model.weights[f"{module}.weight"]
-        bias = self.model.weights.get(f"{module}.bias")
-        if order is not None:
-            weight, bias = reordered(weight, order), None if bias is None else reordered(bias, order)
-        x = self._rotated_input(module, x)
-        if isinstance(weight, QuantWeight) and weight.has_group_index:
-            x = self._by_group(module, x, weight)
-        if isinstance(weight, QuantWeight) and weight.scheme.input_activations is not None:
-            x = self._round_activations(x, weight)
-        y = self.builder.op("MatMul", x, linear_weight(self.builder, module, weight), name=f"{module}.output")
-        if bias is None:
-            return y
-        return self.builder.op("Add", y, vector(self.builder, f"{module}.bias", bias), name=f"{module}.biased")
-
-    def _rotated_input(self, module: str, x: ir.Value) -> ir.Value:
-        """``x`` times the module's online rotation, where it has one."""
-        rotation = self.model.input_rotation(module)
-        if rotation is None:
-            return x
-        matrix = table(self.builder, f"{module}.input_rotation", rotation)
-        return self._composite(composites.rotate_blocks(), x, matrix, name=f"{x.name}.turned")
-
-    def _by_group(self, module: str, x: ir.Value, weight: QuantWeight) -> ir.Value:
-        """The columns of ``x`` in the order of the weight's groups, once for all linears that read them so."""
-        _, order = weight.load().by_group()
-        assert order is not None
-        index = self.builder.constant(order.numpy(), f"{module}.order")
-        made = f"{x.name}.by_group({index.name})"
-        if made not in self.made:
-            self.made[made] = self.builder.op("Gather", x, index, axis=-1, name=made)
-        return self.made[made]
-
-    def _round_activations(self, x: ir.Value, weight: QuantWeight) -> ir.Value:
-        """``x`` rounded as the weight's scheme says, once for all linears that read it rounded so."""
-        spec = weight.scheme.input_activations
-        assert spec is not None
-        inputs, attributes = [x], {}
-        if not spec.dynamic:
-            function = composites.quantize_dequantize_static(spec.type)
-            inputs.append(input_scale(self.builder, str(x.name), weight))
-        elif spec.group_size is not None:
-            function = composites.quantize_dequantize_fp8_per_group()
-            attributes = {"size": spec.group_size}
-        elif spec.type == "float":
-            function = composites.quantize_dequantize_fp8_per_token()
-        else:
-            function = composites.quantize_dequantize_per_token()
-        made = f"{function.name}({', '.join(str(value.name) for value in inputs)}, {attributes})"
-        if made not in self.made:
-            name = f"{x.name}.rounded"
-            name = name if name not in self.made else f"{name}({function.name})"
-            self.made[made] = self.made[name] = self._composite(function, *inputs, name=name, **attributes)
-        return self.made[made]
 
     def _head(self, hidden: ir.Value) -> ir.Value:
         builder, decoder = self.builder, self.decoder
         hidden = self._norm(decoder.final_norm, hidden)
         if decoder.project_out is not None:
-            hidden = self._linear(decoder.project_out, hidden)
+            hidden = self.parts.linear(decoder.project_out, hidden)
         logits = self._times(self._head_product(hidden), decoder.logit_scale, "logits.scaled")
         if decoder.logit_softcap is None:
             return logits
@@ -332,10 +261,10 @@ class _Graph:
     def _head_product(self, hidden: ir.Value) -> ir.Value:
         head = self.decoder.head
         if not self.model.is_tied:
-            return self._linear(head, hidden)
+            return self.parts.linear(head, hidden)
         weight = self.model.weights[self.model.weight_of(head)]
         if isinstance(weight, QuantWeight) and weight.scheme.input_activations is not None:
-            hidden = self._round_activations(hidden, weight)
+            hidden = self.parts.rounded(hidden, weight)
         transposed = self.builder.op("Transpose", self.table, perm=[1, 0], name=f"{head}.weight")
         return self.builder.op("MatMul", hidden, transposed, name=f"{head}.output")
 
@@ -343,8 +272,3 @@ class _Graph:
         if factor == 1.0:
             return x
         return self.builder.op("Mul", x, self.builder.constant(np.float32(factor), f"{name}.by"), name=name)
-
-    def _composite(self, function: ir.Function, *inputs: ir.Value, name: str, **attributes: int | str) -> ir.Value:
-        """A node of a composite, whose function becomes part of the model."""
-        self.functions.setdefault(function.name, function)
-        return self.builder.op(function.name, *inputs, name=name, domain=DOMAIN, **attributes)

@@ -23,7 +23,7 @@ from llmopt.optimizer.errors import MissingExtraError, VerificationError, is_out
 from llmopt.optimizer.model import DenseWeight, Model, QuantWeight, Weight
 from llmopt.optimizer.target import Target
 
-__all__ = ["Level", "verify_lowering"]
+__all__ = ["LIMIT", "ROUNDED_LIMIT", "Level", "verify_lowering"]
 
 Level = Literal["none", "quick", "full"]
 
@@ -31,12 +31,12 @@ _VOCABULARY = 1024
 _WINDOW = 6
 """Tokens of a sliding window while it is verified: the calls have more, so that it is seen to slide."""
 
-_LIMIT = 1e-4
+LIMIT = 1e-4
 """Accepted ``rms(difference) / std(logits)`` of a row: float kernels only order their sums differently."""
 
-_ROUNDED_LIMIT = 0.1
+ROUNDED_LIMIT = 0.1
 """The same of a single row where activations are rounded. An activation on the border of two integers may round either
-way, one row in a thousand has one, and moves by up to 0.02; the median of a call's rows stays below ``_LIMIT``."""
+way, one row in a thousand has one, and moves by up to 0.02; the median of a call's rows stays below ``LIMIT``."""
 
 
 def verify_lowering(model: Model, target: Target, *, level: Level, seed: int) -> dict[str, dict[str, float]]:
@@ -153,22 +153,22 @@ class _Layer:
         for number, pair in enumerate(zip(before.logits, after.logits, strict=True)):
             errors = relative_errors(*pair)
             median, worst = float(np.median(errors)), float(errors.max())
-            if not (median <= _LIMIT and worst <= self._row_limit()):
-                raise self._error(name, before, after, number, median if not median <= _LIMIT else worst)
+            if not (median <= LIMIT and worst <= self._row_limit()):
+                raise self._error(name, before, after, number, median if not median <= LIMIT else worst)
             largest = max(largest, median)
         return largest
 
     def _row_limit(self) -> float:
         weights = (self.model.weights[self.model.weight_of(name)] for name in self.decoder.linears)
         schemes = [weight.scheme for weight in weights if isinstance(weight, QuantWeight)]
-        return _ROUNDED_LIMIT if any(scheme.input_activations is not None for scheme in schemes) else _LIMIT
+        return ROUNDED_LIMIT if any(scheme.input_activations is not None for scheme in schemes) else LIMIT
 
     def _error(self, name: str, before: _Result, after: _Result, call: int, difference: float) -> VerificationError:
         graphs = (before.graph, after.graph)
-        node = first_divergence(self.sessions, graphs, self.decoder, call=call, seed=self.seed, limit=_LIMIT)
+        node = first_divergence(self.sessions, graphs, self.decoder, call=call, seed=self.seed, limit=LIMIT)
         return VerificationError(
             f"layer {self.i}: {name} changes the result: logits differ by {difference:.2g} of their spread, "
-            f"{_LIMIT:g} is accepted; first at {node}, for {CALLS[call]} (seed {self.seed})",
+            f"{LIMIT:g} is accepted; first at {node}, for {CALLS[call]} (seed {self.seed})",
             hint=_hint(name),
         )
 

@@ -9,18 +9,32 @@ from llmopt.optimizer.errors import InputError, UnsupportedError
 
 if TYPE_CHECKING:
     from llmopt.optimizer.arch.base import Arch
+    from llmopt.optimizer.encoder import EncoderArch
 
-__all__ = ["find", "find_gguf", "known"]
+__all__ = ["find", "find_gguf", "known", "known_encoders"]
 
 
 def known() -> "list[Arch]":
-    """Every family llmopt can compile, by file name."""
+    """Every family of decoders that llmopt can compile, by file name."""
+    from llmopt.optimizer.arch.base import Arch
+
+    return [arch for arch in _all() if isinstance(arch, Arch)]
+
+
+def known_encoders() -> "list[EncoderArch]":
+    """Every family of encoders, by file name."""
+    from llmopt.optimizer.encoder import EncoderArch
+
+    return [arch for arch in _all() if isinstance(arch, EncoderArch)]
+
+
+def _all() -> "list[Arch | EncoderArch]":
     files = sorted(path.stem for path in Path(__file__).parent.glob("*.py"))
     names = [name for name in files if not name.startswith("_") and name != "base"]
     return [importlib.import_module(f"{__name__}.{name}").ARCH for name in names]
 
 
-def find(config: Mapping[str, Any], parameters: Callable[[], Collection[str]] = list) -> "Arch":
+def find(config: Mapping[str, Any], parameters: Callable[[], Collection[str]] = list) -> "Arch | EncoderArch":
     """The family of a checkpoint with this ``config.json``; without ``architectures`` its ``model_type`` decides.
 
     Args:
@@ -31,7 +45,7 @@ def find(config: Mapping[str, Any], parameters: Callable[[], Collection[str]] = 
         UnsupportedError: No file of this folder covers it.
         InputError: ``architectures`` is no list of names.
     """
-    families = known()
+    families: list[Arch | EncoderArch] = [*known(), *known_encoders()]
     architectures = config.get("architectures")
     if architectures is not None:
         wanted = _first_name(architectures)
@@ -42,7 +56,7 @@ def find(config: Mapping[str, Any], parameters: Callable[[], Collection[str]] = 
     if wanted not in by_name:
         from llmopt.optimizer.nearest_family import refusal
 
-        raise refusal(config, parameters(), families)
+        raise refusal(config, parameters(), known())
     return by_name[wanted]
 
 

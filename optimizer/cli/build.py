@@ -70,7 +70,7 @@ def _show(manifest: "Manifest", output: Path) -> None:
             console.print(f"{checkpoint.path}: {note}", soft_wrap=True)
         size = _megabytes(manifest, f"{checkpoint.path}/")
         console.print(f"{output / checkpoint.path}: {size}, {checkpoint.format}, {checkpoint.dtype}", soft_wrap=True)
-    size = f"{_megabytes(manifest, 'engine/')}, " if manifest.engines else ""
+    size = f"{_megabytes(manifest, 'engine/')}, " if manifest.all_engines else ""
     console.print(f"{output}: {size}{manifest.verdict.status}", soft_wrap=True)
     if manifest.engines and manifest.verdict.status != "rejected":
         console.print(f"next: llmopt chat {output}", style="dim", soft_wrap=True)

@@ -105,7 +105,7 @@ def _print_graphs(manifest: "Manifest", console: "Console") -> None:
     from llmopt.optimizer.cli._tables import graph_passes_table, operators_table
     from llmopt.optimizer.errors import InputError
 
-    for engine in manifest.engines:
+    for engine in manifest.all_engines:
         effects = effects_of(manifest.graph_passes.get(engine.path, []))
         if not effects:
             raise InputError(
@@ -132,6 +132,14 @@ def _show(manifest: "Manifest", console: "Console", *, every_layer: bool) -> Non
             f"up to {engine.capacity} tokens",
             soft_wrap=True,
         )
+    for encoder in manifest.encoders:
+        console.print(
+            f"engine   {encoder.path}: {encoder.exporter} for {encoder.target}, {encoder.num_layers} layers, "
+            f"texts up to {encoder.capacity} tokens",
+            soft_wrap=True,
+        )
+        length = ", of length 1" if encoder.normalize else ""
+        console.print(f"vectors  {encoder.hidden_size} columns, pooled by {encoder.pooling}{length}", soft_wrap=True)
     for checkpoint in manifest.checkpoints:
         console.print(f"files    {checkpoint.path}/: {checkpoint.format}, {checkpoint.dtype}", soft_wrap=True)
         for note in checkpoint.notes:

@@ -4,6 +4,7 @@ Past and present of a layer are the same memory, so a step writes only the new t
 the pool by pointer; a decode call binds the slots ``0 .. n-1``, which lie one behind the other. Neither copies.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from llmopt.optimizer.instructions import VNNI, host_instructions
 from llmopt.optimizer.manifest import Engine, TensorInfo
 from llmopt.runtime.backends.base import ExecutionError, FloatArray, IntArray
 
-__all__ = ["OnnxRuntimeBackend", "open_backend"]
+__all__ = ["OnnxRuntimeBackend", "check_features", "open_backend", "open_session", "ort_errors"]
 
 _KNOWN_FEATURES = frozenset({"int8_kv", VNNI})
 _IDS, _LENGTHS, _ROWS, _LOGITS = "input_ids", "past_lengths", "logit_rows", "logits"
@@ -44,21 +45,36 @@ def open_backend(
         raise InputError(f"a context of {capacity} tokens was asked for, the engine has {engine.capacity}")
     if slots < 1:
         raise InputError(f"at least one slot is needed, not {slots}")
-    if unknown := sorted(set(engine.features) - _KNOWN_FEATURES):
+    check_features(engine.features)
+    session = open_session(directory / engine.path, engine.target, threads, packed=packed)
+    return OnnxRuntimeBackend(session, engine, slots=slots, capacity=capacity)
+
+
+def check_features(features: Sequence[str]) -> None:
+    """Refuse an engine that needs something else than this llmopt and this machine have.
+
+    Raises:
+        UnsupportedError: Naming what.
+    """
+    if unknown := sorted(set(features) - _KNOWN_FEATURES):
         raise UnsupportedError(
             f"the engine needs what this llmopt does not know: {', '.join(unknown)}", hint="install a newer llmopt"
         )
-    if VNNI in engine.features and host_instructions() != VNNI:
+    if VNNI in features and host_instructions() != VNNI:
         raise UnsupportedError(
             "the engine was lowered for a CPU with VNNI: on this one its integer products would overflow, or its rows "
             "depend on what shares their batch",
             hint="build it on a machine like this one: what is built here runs there too",
         )
-    session = _open_session(directory / engine.path, engine.target, threads, packed=packed)
-    return OnnxRuntimeBackend(session, engine, slots=slots, capacity=capacity)
 
 
-def _open_session(path: Path, target: str, threads: int, *, packed: bool) -> Any:
+def open_session(path: Path, target: str, threads: int, *, packed: bool = True) -> Any:
+    """An ONNX Runtime session of the graph in ``path``; see ``open_backend``.
+
+    Raises:
+        MissingExtraError: onnxruntime is not installed.
+        UnsupportedError: It cannot load the graph.
+    """
     try:
         import onnxruntime as ort
     except ModuleNotFoundError as error:
@@ -79,13 +95,13 @@ def _open_session(path: Path, target: str, threads: int, *, packed: bool) -> Any
     options.add_session_config_entry("session.disable_prepacking", str(int(not packed)))
     try:
         return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except _ort_errors() as error:
+    except ort_errors() as error:
         raise UnsupportedError(
             f"ONNX Runtime {ort.__version__} cannot load {path}: {error}", hint="build it again, or update onnxruntime"
         ) from error
 
 
-def _ort_errors() -> tuple[type[Exception], ...]:
+def ort_errors() -> tuple[type[Exception], ...]:
     """ONNX Runtime's exceptions, which have no common base; a failing kernel raises a plain RuntimeError."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
@@ -116,7 +132,7 @@ class OnnxRuntimeBackend:
         self.slots = slots
         self.capacity = capacity
         self._session = session
-        self._errors = _ort_errors()
+        self._errors = ort_errors()
         self._cache_names = _match(session, engine)
         shape = (slots, engine.kv_heads, capacity, engine.head_dim)
         by_name = {tensor.name: tensor for tensor in engine.inputs}

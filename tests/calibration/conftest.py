@@ -36,7 +36,7 @@ def make_pair(**changes: Any) -> Pair:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
     weights = {name: DenseWeight.of(parameter.detach()) for name, parameter in network.named_parameters()}
     source = Source(spec="tiny", digest="0" * 64, files={}, tokenizer_dir=Path())
-    return Model(arch=ARCH, config=network.config.to_dict(), weights=weights, source=source), network
+    return Model(family=ARCH, config=network.config.to_dict(), weights=weights, source=source), network
 
 
 @pytest.fixture(scope="session")

@@ -56,7 +56,7 @@ def test_an_increase_that_is_no_percentage_is_refused(written: object) -> None:
         ({"metric": "top1", "max": 1}, "metric top1 takes exactly one of: min"),
         ({"metric": "perplexity", "data": "a", "max": 9, "max_increase": 0.1}, "exactly one of: max, max_increase"),
         ({"metric": "perplexity", "max": 9}, "perplexity needs data"),
-        ({"metric": "accuracy", "min": 0.5}, "'kl', 'top1' or 'perplexity'"),
+        ({"metric": "accuracy", "min": 0.5}, "'kl', 'top1', 'perplexity', 'cosine' or 'min_cosine'"),
         ({"metric": "kl", "max": -1}, "greater than or equal to 0"),
         ({"metric": "kl", "max": float("nan")}, "finite number"),
         ({"metric": "top1", "min": 1.1}, "less than or equal to 1"),

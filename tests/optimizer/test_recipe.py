@@ -220,7 +220,7 @@ def test_three_different_mistakes_are_reported_together_with_their_lines() -> No
         ("accept: [{max: 1}]", "accept.0.metric: is missing  hint: kl: mean KL divergence"),
         (
             "accept: [{metric: ppl, max: 1}]",
-            "accept.0.metric: must be 'kl', 'top1' or 'perplexity', not the text 'ppl'",
+            "accept.0.metric: must be 'kl', 'top1', 'perplexity', 'cosine' or 'min_cosine', not the text 'ppl'",
         ),
         ("accept: [{metric: kl}]", "accept.0: metric kl takes exactly one of: max"),
         ("accept: [{metric: top1, max: 1}]", "accept.0: metric top1 takes exactly one of: min"),

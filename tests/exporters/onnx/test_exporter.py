@@ -180,7 +180,11 @@ def test_the_target_is_what_executes_it():
 def test_an_engine_of_integers_says_what_its_kernels_were_chosen_for(
     model_of, tmp_path, monkeypatch, scheme, host, features
 ):
-    for module in ("llmopt.exporters.onnx.exporter", "llmopt.passes.graph.lower_linear", "llmopt.passes.graph._nbits"):
+    for module in (
+        "llmopt.exporters.onnx.engine_files",
+        "llmopt.passes.graph.lower_linear",
+        "llmopt.passes.graph._nbits",
+    ):
         monkeypatch.setattr(f"{module}.host_instructions", lambda: host)
     engine, _ = exported(model_of(scheme), tmp_path)
     assert engine.features == features

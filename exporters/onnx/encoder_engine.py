@@ -1,0 +1,103 @@
+"""An encoder's engine: its graph lowered, verified and written, in a folder that sentence-transformers loads."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from llmopt.exporters.onnx.encoder_graph import encoder_graph
+from llmopt.exporters.onnx.encoder_verify import verify_encoder
+from llmopt.exporters.onnx.engine_files import save_graph, tensor_info, vnni_feature
+from llmopt.exporters.onnx.lowering import finished, passed
+from llmopt.optimizer.contracts import PassContext
+from llmopt.optimizer.manifest import EncoderEngine, PassRecord
+from llmopt.optimizer.model import Model
+from llmopt.optimizer.target import Target
+
+__all__ = ["export_encoder"]
+
+_TOKENIZER_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+def export_encoder(
+    model: Model, target: Target, directory: Path, context: PassContext, *, capacity: int
+) -> tuple[EncoderEngine, list[PassRecord]]:
+    """Write ``engine/`` below ``directory``.
+
+    Args:
+        model: The encoder; its ``pooling`` is part of the graph.
+        target: Executes it.
+        directory: The build.
+        context: See ``Exporter.export``.
+        capacity: What longer texts are cut to, in tokens.
+
+    Raises:
+        VerificationError: The lowered graph does not compute what the standard graph does.
+    """
+    differences = verify_encoder(model, target, level=context.verify, seed=context.seed)
+    graph, records = finished(passed(encoder_graph(model), target.encoder_passes, strict=context.strict))
+    options = {"level": context.verify}
+    records.append(PassRecord(name="verify_lowering", options=options, changed=False, details=differences))
+    save_graph(graph, directory / "engine", context)
+    _write_folder(model, directory / "engine", capacity)
+    return _describe(model, target, graph, capacity), records
+
+
+def _describe(model: Model, target: Target, graph: ir.Model, capacity: int) -> EncoderEngine:
+    encoder, pooling = model.encoder, model.pooling
+    return EncoderEngine(
+        exporter="onnx",
+        target=target.name,
+        path="engine/model.onnx",
+        inputs=[tensor_info(value) for value in graph.graph.inputs],
+        outputs=[tensor_info(value) for value in graph.graph.outputs],
+        num_layers=len(encoder.layers),
+        hidden_size=encoder.hidden_size,
+        vocab_size=encoder.vocab_size,
+        capacity=capacity,
+        pad_token=model.config.get("pad_token_id") or 0,
+        pooling=pooling.mode,
+        normalize=pooling.normalize,
+        prompts=dict(pooling.prompts),
+        default_prompt=pooling.default_prompt,
+        features=vnni_feature(model),
+    )
+
+
+def _write_folder(model: Model, folder: Path, capacity: int) -> None:
+    """What ``SentenceTransformer(folder, backend="onnx")`` reads beside the graph."""
+    for name in _TOKENIZER_FILES:
+        if (path := model.source.tokenizer_dir / name).is_file():
+            shutil.copyfile(path, folder / name)
+    pooling = model.pooling
+    kinds = ["Transformer", "Pooling", *(["Normalize"] if pooling.normalize else [])]
+    paths = ["", "1_Pooling", "2_Normalize"]
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (kind, path) in enumerate(zip(kinds, paths, strict=False))
+    ]
+    _write(folder / "modules.json", modules)
+    _write(folder / "sentence_bert_config.json", {"max_seq_length": capacity, "do_lower_case": False})
+    prompts = {"prompts": dict(pooling.prompts), "default_prompt_name": pooling.default_prompt}
+    _write(folder / "config_sentence_transformers.json", prompts)
+    (folder / "1_Pooling").mkdir()
+    _write(folder / "1_Pooling/config.json", _pooling_config(model))
+
+
+def _pooling_config(model: Model) -> dict[str, Any]:
+    """In the spelling that every version of sentence-transformers reads."""
+    modes = {
+        "cls": "cls_token",
+        "mean": "mean_tokens",
+        "max": "max_tokens",
+        "mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+        "lasttoken": "lasttoken",
+    }
+    flags = {f"pooling_mode_{name}": mode == model.pooling.mode for mode, name in modes.items()}
+    return {"word_embedding_dimension": model.encoder.hidden_size, **flags}
+
+
+def _write(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

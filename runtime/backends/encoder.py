@@ -1,0 +1,104 @@
+"""Runs an encoder's engine in ONNX Runtime: token ids of texts in, a vector of each out."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmopt.optimizer.errors import InputError
+from llmopt.optimizer.manifest import EncoderEngine
+from llmopt.runtime.backends.base import ExecutionError, FloatArray
+from llmopt.runtime.backends.onnxruntime import check_features, open_session, ort_errors
+
+__all__ = ["EncoderBackend", "open_encoder_backend"]
+
+_VECTORS = "sentence_embedding"
+
+
+def open_encoder_backend(directory: Path, engine: EncoderEngine, *, threads: int) -> "EncoderBackend":
+    """Load ``engine`` of the build in ``directory``.
+
+    Args:
+        directory: The build.
+        engine: One of its manifest's encoders.
+        threads: Threads one run works with.
+
+    Raises:
+        MissingExtraError: onnxruntime is not installed.
+        UnsupportedError: The engine needs something this version of llmopt or of ONNX Runtime cannot do.
+    """
+    check_features(engine.features)
+    return EncoderBackend(open_session(directory / engine.path, engine.target, threads), engine)
+
+
+class EncoderBackend:
+    """One engine, loaded. Calls may come from several threads."""
+
+    def __init__(self, session: Any, engine: EncoderEngine) -> None:
+        self.engine = engine
+        self._session = session
+        self._takes_types = "token_type_ids" in [each.name for each in engine.inputs]
+        self._errors = ort_errors()
+
+    def vectors(
+        self,
+        texts: Sequence[Sequence[int]],
+        *,
+        token_types: Sequence[Sequence[int]] | None = None,
+        batch: int = 32,
+    ) -> FloatArray:
+        """The vector of each text, float32 ``[n, d]``.
+
+        Texts of about equal length share a call, so little is computed for padding.
+
+        Args:
+            texts: The token ids of each, special ones included; none is empty.
+            token_types: The type of each token, of encoders whose tokens have types; None: all of the first.
+            batch: Texts in one call.
+
+        Raises:
+            InputError: A text is empty, longer than the engine takes, or has an id outside the vocabulary.
+            ExecutionError: A run failed.
+        """
+        lengths = np.array([len(text) for text in texts], dtype=np.int64)
+        self._check(texts, lengths)
+        found = np.empty((len(texts), self.engine.hidden_size), np.float32)
+        order = np.argsort(lengths, kind="stable")
+        for first in range(0, len(order), batch):
+            rows = order[first : first + batch]
+            mask = (np.arange(lengths[rows].max()) < lengths[rows, None]).astype(np.int64)
+            feeds = {
+                "input_ids": _padded([texts[i] for i in rows], mask, self.engine.pad_token),
+                "attention_mask": mask,
+            }
+            if self._takes_types:
+                types = [[0] * len(texts[i]) if token_types is None else token_types[i] for i in rows]
+                feeds["token_type_ids"] = _padded(types, mask, 0)
+            found[rows] = self._run(feeds)
+        return found
+
+    def _check(self, texts: Sequence[Sequence[int]], lengths: np.ndarray) -> None:
+        if len(texts) and not 0 < lengths.min() <= lengths.max() <= self.engine.capacity:
+            raise InputError(
+                f"a text has {lengths.min() or lengths.max()} tokens, the engine takes 1 to {self.engine.capacity}",
+                hint="cut the text, or split it",
+            )
+        for text in texts:
+            if not 0 <= min(text) <= max(text) < self.engine.vocab_size:
+                raise InputError(f"token ids go from 0 to {self.engine.vocab_size - 1}, not {min(text)} to {max(text)}")
+
+    def _run(self, feeds: dict[str, np.ndarray]) -> FloatArray:
+        try:
+            (vectors,) = self._session.run([_VECTORS], feeds)
+        except self._errors as error:
+            raise ExecutionError(f"the engine failed: {error}") from error
+        made: FloatArray = vectors
+        return made
+
+
+def _padded(rows: Sequence[Sequence[int]], mask: np.ndarray, padding: int) -> np.ndarray:
+    """int64 ``[n, t]``: the rows side by side where ``mask`` is 1, ``padding`` elsewhere."""
+    padded = np.full(mask.shape, padding, np.int64)
+    padded[mask > 0] = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows])
+    return padded
