@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-import jinja2
-
 from llmopt.exporters.gguf.tokenizer import Vocabulary
+from llmopt.optimizer.chat_template import ChatTemplate
+from llmopt.optimizer.errors import InputError
 
 __all__ = ["modelfile"]
 
@@ -57,7 +57,7 @@ def _is_chatml(template: str) -> bool:
     messages = [{"role": role, "content": f"a {role} b"} for role in ("system", "user", "assistant", "user")]
     expected = "".join(f"<|im_start|>{each['role']}\n{each['content']}<|im_end|>\n" for each in messages)
     try:
-        written: str = jinja2.Template(template).render(messages=messages, add_generation_prompt=True, tools=None)
-    except jinja2.TemplateError:
+        written = ChatTemplate(template, {}).render(messages)
+    except InputError:
         return False
     return written == f"{expected}<|im_start|>assistant\n"
