@@ -12,6 +12,10 @@ __all__ = ["OURS", "ROWS", "Row", "available", "chosen"]
 OURS = "llmopt"
 
 _W4 = {"scheme": "W4A16", "group_size": 32}
+_STATIC = {
+    "weights": {"num_bits": 8, "strategy": "channel"},
+    "input_activations": {"num_bits": 8, "strategy": "tensor", "dynamic": False},
+}
 _AUTO = {
     "budget": {"bits": 4.5},
     "candidates": [*({"scheme": "W4A16", "group_size": size} for size in (64, 32, 16)), "W8A16"],
@@ -76,8 +80,31 @@ ROWS: tuple[Row, ...] = (
         {"rotate": {"online": {"down_proj": 512}}},
         {"gptq": {"scheme": "W8A8"}},
     ),
+    *(
+        _ours(f"{name}-{bits}", method, f"{scheme} g32", {method: {"scheme": scheme, "group_size": 32}})
+        for bits, scheme in (("w3", "W3A16"), ("w2", "W2A16"))
+        for name, method in (("rtn", "round_to_nearest"), ("gptq", "gptq"), ("awq", "awq"))
+    ),
+    _ours("static-w8a8", "round_to_nearest", "W8A8, static inputs", {"round_to_nearest": {"scheme": _STATIC}}),
     _ours(
-        "rtn-fp8",
+        "rotate-static-w8a8",
+        "rotate online, round_to_nearest",
+        "W8A8, static inputs",
+        {"rotate": {"online": {"down_proj": 512}}},
+        {"round_to_nearest": {"scheme": _STATIC}},
+    ),
+    *(
+        _ours(
+            f"rtn-{scheme.lower().replace('_', '-')}",
+            "round_to_nearest",
+            f"{scheme}, head float",
+            {"round_to_nearest": {"scheme": scheme, "head": "none"}},
+            rounds_head=False,
+        )
+        for scheme in ("FP8", "FP8_BLOCK")
+    ),
+    _ours(
+        "rtn-fp8-dynamic",
         "round_to_nearest",
         "FP8_DYNAMIC, head float",
         {"round_to_nearest": {"scheme": "FP8_DYNAMIC", "head": "none"}},
