@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from llmopt.calibration.lines import read_lines
 from llmopt.calibration.sampling import Sampling, sample_tokens
 from llmopt.calibration.texts import read_tokens
 from llmopt.evaluation.gates import gates_of, judge, texts_for
 from llmopt.evaluation.measure import measure
+from llmopt.evaluation.vectors import measure_vectors
 from llmopt.optimizer.cache import cache_root
 from llmopt.optimizer.errors import InputError
 from llmopt.optimizer.gates import SAMPLED_WINDOWS, Gate
@@ -17,12 +19,16 @@ from llmopt.optimizer.model import Model
 from llmopt.optimizer.progress import Progress
 from llmopt.optimizer.sources import load_model
 from llmopt.optimizer.tokens import Tokens
+from llmopt.runtime.backends.encoder import open_encoder_backend
 from llmopt.runtime.backends.onnxruntime import open_backend
 
 __all__ = ["FILE_WINDOWS", "Question", "Result", "evaluate"]
 
 FILE_WINDOWS = (8, 1024)
 """Windows, and tokens of each, where a user names none."""
+
+FILE_LINES = 256
+"""Lines that an encoder is measured on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +37,7 @@ class Question:
 
     Attributes:
         data: Text files. One that is called like a gate's text is used for that gate, in the gate's windows.
-        windows: Of the other texts; None means 8 of a file and 16 of sampled text.
+        windows: Of the other texts; None means 8 of a file and 16 of sampled text. Of an encoder's texts, lines: 256.
         tokens: Per window; None means 1024 of a file and 128 of sampled text, or what the engine takes.
         source: Where the source model is now; None means where the build found it.
         threads: Of the engine and of PyTorch.
@@ -71,11 +77,19 @@ def evaluate(directory: Path, question: Question, progress: Progress) -> Result:
         VerificationError: The build was changed.
     """
     manifest = Manifest.load(directory)
-    if not manifest.engines:
+    if not manifest.all_engines:
         raise InputError(f"{directory} has no engine that could be measured")
+    gates, not_judged = _with_data(gates_of(manifest.recipe), question.data)
+    if manifest.encoders and not question.data:
+        raise InputError(
+            f"{directory} is a build of an encoder, which writes no text to be measured on",
+            hint="--data names a file with a text on each line",
+        )
     with progress.step("load the source model"):
         model = _source(manifest, question)
-    gates, not_judged = _with_data(gates_of(manifest.recipe), question.data)
+    if manifest.encoders:
+        measurements = _vectors(directory, manifest, gates, question, model, progress)
+        return Result(measurements, judge(gates, measurements), not_judged, _changed_texts(manifest, measurements))
     texts = _texts(gates, model, manifest, question, progress)
     engine = manifest.engines[0]
     longest = max(text.ids.shape[1] for text in texts)
@@ -85,6 +99,20 @@ def evaluate(directory: Path, question: Question, progress: Progress) -> Result:
     with progress.step("measure") as tick:
         measurements = measure(model, opener, texts, threads=question.threads, progress=tick)
     return Result(measurements, judge(gates, measurements), not_judged, _changed_texts(manifest, measurements))
+
+
+def _vectors(
+    directory: Path, manifest: Manifest, gates: Sequence[Gate], question: Question, model: Model, progress: Progress
+) -> list[Measurement]:
+    """What is measured of an encoder: on the gates' texts, and on the lines of the other files given."""
+    engine, named = manifest.encoders[0], {gate.data for gate in gates}
+    lines, tokens = question.windows or FILE_LINES, question.tokens or engine.capacity
+    folder = model.source.tokenizer_dir
+    texts = texts_for(gates, model)
+    texts += [read_lines(path, folder, lines=lines, tokens=tokens) for path in question.data if path not in named]
+    with progress.step("measure") as tick:
+        backend = open_encoder_backend(directory, engine, threads=question.threads)
+        return measure_vectors(model, backend, texts, threads=question.threads, progress=tick)
 
 
 def _source(manifest: Manifest, question: Question) -> Model:

@@ -9,7 +9,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -21,8 +21,9 @@ import numpy as np
 from llmopt.optimizer.errors import InputError, LlmoptError, UnsupportedError
 from llmopt.optimizer.manifest import Manifest
 from llmopt.runtime.backends.base import Backend, IntArray
+from llmopt.runtime.backends.encoder import EncoderBackend
 
-__all__ = ["Plan", "Rate", "Speed", "measure_speed", "run_plan"]
+__all__ = ["Plan", "Rate", "Speed", "measure_speed", "run_encoder_plan", "run_plan"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +62,10 @@ class Rate:
     """The times of one shape.
 
     Attributes:
-        kind: ``prefill`` or ``decode``.
+        kind: ``prefill``, ``decode``, or ``encode`` of an encoder.
         sequences: Processed together.
         tokens: Of each prompt; for decode, held when it starts.
-        rate: Median tokens/s over all sequences.
+        rate: Median tokens/s over all sequences; of an encoder, texts/s.
         spread: (slowest - fastest) / median time of the rounds.
         latency: Median seconds: until the first token of a prompt batch, or of one decode step.
     """
@@ -110,12 +111,18 @@ def measure_speed(directory: Path, plan: Plan) -> Speed:
         UnsupportedError: The engine cannot be loaded here.
         LlmoptError: The process ended without a result.
     """
-    engines = Manifest.load(directory).engines
-    if not engines:
+    manifest = Manifest.load(directory)
+    if not manifest.all_engines:
         raise InputError(f"{directory} has no engine that could be measured")
-    if plan.capacity > engines[0].capacity:
+    if manifest.encoders and plan.batches:
         raise InputError(
-            f"sequences of {plan.capacity} tokens were asked for, the engine takes {engines[0].capacity}",
+            f"{directory} is a build of an encoder, which decodes nothing",
+            hint="leave --batch, --past and --decode out",
+        )
+    capacity = manifest.all_engines[0].capacity
+    if plan.capacity > capacity:
+        raise InputError(
+            f"sequences of {plan.capacity} tokens were asked for, the engine takes {capacity}",
             hint="shorten --prompt, or --past and --decode",
         )
     order = json.dumps({"directory": str(directory), **asdict(plan)})
@@ -149,6 +156,21 @@ def run_plan(backend: Backend, plan: Plan) -> tuple[Rate, ...]:
     for sequences in plan.batches:
         steps = tokens[:sequences, plan.past : plan.past + plan.steps].T.copy()
         actions["decode", sequences, plan.past] = partial(_decode, backend, steps, plan.past)
+    return _timed(actions, plan)
+
+
+def run_encoder_plan(backend: EncoderBackend, plan: Plan) -> tuple[Rate, ...]:
+    """The same of an encoder: each of the plan's prompts is a batch of texts of equal length."""
+    random = np.random.default_rng(0)
+    actions: dict[tuple[str, int, int], Callable[[], object]] = {}
+    for texts, tokens in plan.prompts:
+        ids = random.integers(0, backend.engine.vocab_size, (texts, tokens)).tolist()
+        actions["encode", texts, tokens] = partial(backend.vectors, ids, batch=texts)
+    return _timed(actions, plan)
+
+
+def _timed(actions: Mapping[tuple[str, int, int], Callable[[], object]], plan: Plan) -> tuple[Rate, ...]:
+    """Every action once per round; (kind, sequences, tokens) -> action."""
     seconds: dict[tuple[str, int, int], list[float]] = {shape: [] for shape in actions}
     for number in range(plan.repeats + 1):
         for shape, action in actions.items():
@@ -162,8 +184,8 @@ def run_plan(backend: Backend, plan: Plan) -> tuple[Rate, ...]:
 def _rate(shape: tuple[str, int, int], times: list[float], steps: int) -> Rate:
     kind, sequences, tokens = shape
     middle = median(times)
-    units = tokens if kind == "prefill" else steps
-    latency = middle if kind == "prefill" else middle / steps
+    units = {"prefill": tokens, "decode": steps, "encode": 1}[kind]
+    latency = middle / steps if kind == "decode" else middle
     return Rate(kind, sequences, tokens, sequences * units / middle, (max(times) - min(times)) / middle, latency)
 
 
@@ -196,23 +218,33 @@ def _cpu_features() -> tuple[str, ...]:
     return tuple(name for name in known if name in words)
 
 
-def _main() -> None:
-    """The measuring process: the order as JSON in, the answer as JSON out."""
+def _opened(manifest: Manifest, directory: Path, plan: Plan) -> Callable[[], tuple[Rate, ...]]:
+    """What runs ``plan`` on the build's engine, which is loaded now."""
+    from llmopt.runtime.backends.encoder import open_encoder_backend
     from llmopt.runtime.backends.onnxruntime import open_backend
 
+    if manifest.encoders:
+        encoder = open_encoder_backend(directory, manifest.encoders[0], threads=plan.threads)
+        return partial(run_encoder_plan, encoder, plan)
+    engine = manifest.engines[0]
+    backend = open_backend(directory, engine, slots=plan.slots, capacity=plan.capacity, threads=plan.threads)
+    return partial(run_plan, backend, plan)
+
+
+def _main() -> None:
+    """The measuring process: the order as JSON in, the answer as JSON out."""
     order = json.loads(sys.argv[1])
     directory = Path(order.pop("directory"))
     prompts = tuple((sequences, tokens) for sequences, tokens in order.pop("prompts"))
     plan = Plan(**{**order, "prompts": prompts, "batches": tuple(order["batches"])})
     try:
         started = time.perf_counter()
-        engine = Manifest.load(directory).engines[0]
-        backend = open_backend(directory, engine, slots=plan.slots, capacity=plan.capacity, threads=plan.threads)
+        run = _opened(Manifest.load(directory), directory, plan)
         loaded = time.perf_counter() - started
     except LlmoptError as error:
         answer: dict[str, Any] = {"error": error.message, "hint": error.hint}
     else:
-        rates = run_plan(backend, plan)
+        rates = run()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         answer = asdict(Speed(rates, loaded, peak, plan.threads, _cpu_features()))
     sys.stdout.write(json.dumps(answer) + "\n")

@@ -9,10 +9,10 @@ from safetensors import SafetensorError, safe_open
 
 from llmopt.optimizer import arch
 from llmopt.optimizer.encoder import EncoderArch
-from llmopt.optimizer.errors import UnsupportedError
+from llmopt.optimizer.errors import LlmoptError, UnsupportedError
 from llmopt.optimizer.scheme import Scheme, preset
 
-__all__ = ["fitting_group_size", "input_widths", "recipe_text"]
+__all__ = ["fitting_group_size", "input_widths", "is_encoder", "recipe_text"]
 
 _PLAIN = re.compile(r"[A-Za-z0-9./~][\w./@=+~-]*(:[\w./@=+~-]+)*")
 _GROUP_SIZES = (32, 16)
@@ -39,11 +39,7 @@ passes:
 export:
   - onnx: {{target: cpu}}
 
-# Gates: a build that misses one is rejected, and `llmopt serve` refuses it. kl is the mean KL divergence from the
-# source model in nats per token, on text sampled from it. The limit is a first guess; see what the build measures.
-accept:
-  - {{metric: kl, max: {kl}}}
-  # - {{metric: perplexity, data: holdout.txt, max_increase: 3%}}
+# Gates: a build that misses one is rejected, and `llmopt serve` refuses it. {gates}
 
 # How thoroughly each pass is checked against the model before it: none, quick or full.
 verify: quick
@@ -51,6 +47,23 @@ verify: quick
 strict: false
 # resources: {{max_ram_gb: 12, threads: 2}}
 seed: 0
+"""
+
+_DECODER_GATES = """\
+kl is the mean KL divergence from the
+# source model in nats per token, on text sampled from it. The limit is a first guess; see what the build measures.
+accept:
+  - {{metric: kl, max: {kl}}}
+  # - {{metric: perplexity, data: holdout.txt, max_increase: 3%}}\
+"""
+
+_ENCODER_GATES = """\
+cosine is the mean similarity of
+# vectors to the source model's, min_cosine the smallest, of the lines of a text file: name one with at least 256 lines
+# like those it will see. The limits are a first guess; see what the build measures.
+accept:
+  - {{metric: cosine, min: 0.99, data: texts.txt}}
+  # - {{metric: min_cosine, min: 0.98, data: texts.txt, windows: 1000}}\
 """
 
 _MEANINGS = {
@@ -61,7 +74,7 @@ _MEANINGS = {
 }
 
 
-def recipe_text(*, model: str, scheme_name: str, widths: set[int] | None, file: str) -> str:
+def recipe_text(*, model: str, scheme_name: str, widths: set[int] | None, file: str, of_encoder: bool = False) -> str:
     """A recipe for ``model``.
 
     Args:
@@ -69,6 +82,7 @@ def recipe_text(*, model: str, scheme_name: str, widths: set[int] | None, file: 
         scheme_name: A preset.
         widths: Input columns of its linears; None when they are not known.
         file: The recipe's own path, for its first line.
+        of_encoder: Whether the model makes vectors of texts.
 
     Raises:
         ValueError: No preset has that name.
@@ -80,13 +94,24 @@ def recipe_text(*, model: str, scheme_name: str, widths: set[int] | None, file: 
         scheme=scheme_name,
         meaning=_MEANINGS.get(scheme_name, "See docs/recipe.md."),
         group_size=_group_size_lines(scheme, widths),
-        kl="0.5" if scheme.weights.num_bits < 8 else "0.1",
+        gates=(_ENCODER_GATES if of_encoder else _DECODER_GATES).format(
+            kl="0.5" if scheme.weights.num_bits < 8 else "0.1"
+        ),
     )
 
 
 def fitting_group_size(widths: set[int]) -> int | None:
     """The largest group size worth having that divides every width; None when none does."""
     return next((size for size in _GROUP_SIZES if all(width % size == 0 for width in widths)), None)
+
+
+def is_encoder(model: Path) -> bool:
+    """Whether a local model is an encoder, as far as its config can be read."""
+    try:
+        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+        return isinstance(arch.find(config), EncoderArch)
+    except (OSError, ValueError, AttributeError, LlmoptError):  # the build will say what is wrong with it
+        return False
 
 
 def input_widths(model: Path) -> set[int] | None:

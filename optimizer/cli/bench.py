@@ -25,8 +25,10 @@ def _shapes(ctx: click.Context, param: click.Parameter, values: tuple[str, ...])
     return tuple(dict.fromkeys(shapes))
 
 
-def _sizes(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
+def _sizes(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
     """``1,4,8`` -> (1, 4, 8)."""
+    if value is None:
+        return None
     sizes = [part.strip() for part in value.split(",")]
     if not all(re.fullmatch(r"[1-9]\d*", size) for size in sizes):
         raise click.BadParameter(f"{value!r} is no list of batch sizes; write 1,4,8,16", ctx, param)
@@ -40,19 +42,15 @@ def _sizes(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int,
     "prompts",
     metavar="TOKENS[xPROMPTS]",
     multiple=True,
-    default=("512", "128x8"),
-    show_default=True,
     callback=_shapes,
-    help="Prompts to prefill; may be repeated.",
+    help="Prompts to prefill, or texts to encode; may be repeated.  [default: 512, 128x8; encoders: 32, 32x32, 128x32]",
 )
 @click.option(
     "--batch",
     "batches",
     metavar="N,N,...",
-    default="1,4,8,16",
-    show_default=True,
     callback=_sizes,
-    help="Sequences decoded together.",
+    help="Sequences decoded together.  [default: 1,4,8,16; encoders: none]",
 )
 @click.option("--past", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens held before decoding.")
 @click.option("--decode", "steps", type=click.IntRange(min=1), default=64, show_default=True, help="Tokens decoded.")
@@ -62,7 +60,7 @@ def _sizes(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int,
 def command(
     build: Path,
     prompts: tuple[tuple[int, int], ...],
-    batches: tuple[int, ...],
+    batches: tuple[int, ...] | None,
     past: int,
     steps: int,
     repeats: int,
@@ -79,7 +77,12 @@ def command(
     from dataclasses import asdict
 
     from llmopt.evaluation.speed import Plan, measure_speed
+    from llmopt.optimizer.manifest import Manifest
 
+    of_encoder = bool(Manifest.load(build).encoders)
+    if batches is None:
+        batches = () if of_encoder else (1, 4, 8, 16)
+    prompts = prompts or (((1, 32), (32, 32), (32, 128)) if of_encoder else ((1, 512), (8, 128)))
     cores = len(os.sched_getaffinity(0))
     plan = Plan(prompts, batches, past=past, steps=steps, repeats=repeats, threads=threads or cores)
     speed = measure_speed(build, plan)
@@ -98,7 +101,8 @@ def _print(speed: "Speed") -> None:
     console = open_console()
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
-    for name in ("shape", "tokens/s", "spread", "latency"):
+    unit = "texts/s" if any(rate.kind == "encode" for rate in speed.rates) else "tokens/s"
+    for name in ("shape", unit, "spread", "latency"):
         table.add_column(name, justify="right")
     for rate in speed.rates:
         table.add_row(*_row(rate))
@@ -111,7 +115,9 @@ def _print(speed: "Speed") -> None:
 
 def _row(rate: "Rate") -> tuple[str, ...]:
     milliseconds = f"{rate.latency * 1000:,.1f} ms"
-    if rate.kind == "prefill":
+    if rate.kind == "encode":
+        shape, meaning = f"{rate.sequences} x {rate.tokens}", "to all" if rate.sequences > 1 else "to the vector"
+    elif rate.kind == "prefill":
         shape, meaning = f"{rate.sequences} x {rate.tokens}", "to first token" if rate.sequences == 1 else "to all"
     else:
         shape, meaning = f"{rate.sequences} after {rate.tokens}", "a token"

@@ -20,7 +20,7 @@ def command(model: str, output: Path, scheme: str, force: bool) -> None:
     local model the widths are read, so that a scheme with groups gets a group size that fits.
     """
     from llmopt.optimizer.errors import InputError
-    from llmopt.optimizer.recipe_template import input_widths, recipe_text
+    from llmopt.optimizer.recipe_template import input_widths, is_encoder, recipe_text
 
     local = Path(model).expanduser()
     if not local.exists() and (model.startswith((".", "/", "~")) or (model.endswith(".gguf") and ":" not in model)):
@@ -31,6 +31,7 @@ def command(model: str, output: Path, scheme: str, force: bool) -> None:
             scheme_name=scheme,
             widths=input_widths(local) if local.exists() else None,
             file=str(output),
+            of_encoder=local.exists() and is_encoder(local),
         )
     except ValueError as error:
         what, _, hint = str(error).partition("; ")

@@ -1,6 +1,6 @@
 """Runs an encoder's engine in ONNX Runtime: token ids of texts in, a vector of each out."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,10 @@ from llmopt.runtime.backends.onnxruntime import check_features, open_session, or
 __all__ = ["EncoderBackend", "open_encoder_backend"]
 
 _VECTORS = "sentence_embedding"
+
+_CALL_TOKENS = 1024
+"""In one call, padding included: what a layer makes of more no longer fits a core's cache, and each token of 32 texts of
+128 tokens took 15 to 20 % longer than in calls of 8 texts."""
 
 
 def open_encoder_backend(directory: Path, engine: EncoderEngine, *, threads: int) -> "EncoderBackend":
@@ -55,7 +59,7 @@ class EncoderBackend:
         Args:
             texts: The token ids of each, special ones included; none is empty.
             token_types: The type of each token, of encoders whose tokens have types; None: all of the first.
-            batch: Texts in one call.
+            batch: Texts in one call, at the most: fewer where they are long.
 
         Raises:
             InputError: A text is empty, longer than the engine takes, or has an id outside the vocabulary.
@@ -65,8 +69,7 @@ class EncoderBackend:
         self._check(texts, lengths)
         found = np.empty((len(texts), self.engine.hidden_size), np.float32)
         order = np.argsort(lengths, kind="stable")
-        for first in range(0, len(order), batch):
-            rows = order[first : first + batch]
+        for rows in _calls(order, lengths, batch):
             mask = (np.arange(lengths[rows].max()) < lengths[rows, None]).astype(np.int64)
             feeds = {
                 "input_ids": _padded([texts[i] for i in rows], mask, self.engine.pad_token),
@@ -95,6 +98,19 @@ class EncoderBackend:
             raise ExecutionError(f"the engine failed: {error}") from error
         made: FloatArray = vectors
         return made
+
+
+def _calls(order: np.ndarray, lengths: np.ndarray, batch: int) -> Iterator[np.ndarray]:
+    """The texts of each call: neighbours in ``order``, which goes from short to long."""
+    first = 0
+    while first < len(order):
+        past_end = first + 1
+        while past_end < min(first + batch, len(order)):
+            if lengths[order[past_end]] * (past_end + 1 - first) > _CALL_TOKENS:
+                break
+            past_end += 1
+        yield order[first:past_end]
+        first = past_end
 
 
 def _padded(rows: Sequence[Sequence[int]], mask: np.ndarray, padding: int) -> np.ndarray:
