@@ -16,8 +16,8 @@ __all__ = ["EncoderBackend", "open_encoder_backend"]
 _VECTORS = "sentence_embedding"
 
 _CALL_TOKENS = 1024
-"""In one call, padding included: what a layer makes of more no longer fits a core's cache, and each token of 32 texts of
-128 tokens took 15 to 20 % longer than in calls of 8 texts."""
+"""In one call, padding included: what a layer makes of more no longer fits a core's cache, and each token of 32 texts
+of 128 tokens took 15 to 20 % longer than in calls of 8 texts."""
 
 
 def open_encoder_backend(directory: Path, engine: EncoderEngine, *, threads: int) -> "EncoderBackend":
