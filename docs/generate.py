@@ -16,8 +16,10 @@ from typing import Any
 import click
 
 from llmopt.optimizer import loader
-from llmopt.optimizer.arch import known
+from llmopt.optimizer.arch import known, known_encoders
+from llmopt.optimizer.arch.base import Arch
 from llmopt.optimizer.cli.main import cli
+from llmopt.optimizer.encoder import EncoderArch
 from llmopt.optimizer.gates import Gate
 from llmopt.optimizer.options import options_of, words_of
 from llmopt.optimizer.recipe import Settings
@@ -72,9 +74,18 @@ def graph_passes() -> str:
 
 
 def families() -> str:
-    """One line per family: its file, the architectures it covers, and the first line of the file."""
+    """One line per family of decoders: its file, the architectures it covers, and the first line of the file."""
+    return _family_table(known())
+
+
+def encoder_families() -> str:
+    """The same of encoders."""
+    return _family_table(known_encoders())
+
+
+def _family_table(families: Sequence[Arch | EncoderArch]) -> str:
     rows = []
-    for arch in known():
+    for arch in families:
         text = inspect.getdoc(importlib.import_module(f"llmopt.optimizer.arch.{arch.name}")) or ""
         rows.append((f"`{arch.name}`", ", ".join(f"`{name}`" for name in arch.models), text.splitlines()[0]))
     return table(("file", "architectures", "what it is"), rows)
@@ -111,6 +122,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "recipe": recipe_keys,
     "passes": pass_options,
     "families": families,
+    "encoder families": encoder_families,
     "graph passes": graph_passes,
     "exporters": exporter_options,
     "gates": gate_options,

@@ -9,6 +9,7 @@ import numpy as np
 
 from llmopt.optimizer.errors import InputError, RejectedError
 from llmopt.optimizer.manifest import MANIFEST_NAME, Engine, Manifest, sha256_of
+from llmopt.optimizer.tokenizer_config import read_object
 from llmopt.runtime.backends.base import Backend
 from llmopt.runtime.text import Tokenizer
 
@@ -17,6 +18,7 @@ __all__ = [
     "DEFAULT_SLOTS",
     "Build",
     "default_threads",
+    "holds_encoder",
     "open_build",
     "pool_bytes",
     "refuse_rejected",
@@ -99,6 +101,12 @@ def pool_bytes(engine: Engine, slots: int, capacity: int) -> int:
     return slots * capacity * per_token
 
 
+def holds_encoder(directory: Path) -> bool:
+    """Whether the build makes vectors of texts; what is wrong with it is found by whoever opens it."""
+    entries = read_object(directory / MANIFEST_NAME).get("encoders")
+    return bool(entries)
+
+
 def refuse_rejected(directory: Path, manifest: Manifest, *, force: bool) -> None:
     """Refuse a build that missed its gates; with ``force`` only say so.
 
@@ -122,7 +130,7 @@ def _pick_engine(directory: Path, manifest: Manifest) -> Engine:
     if manifest.encoders:
         raise InputError(
             f"{directory} is a build of an encoder ({manifest.architecture}), which continues no text",
-            hint="llmopt.runtime.encoder.Encoder makes vectors of texts with it",
+            hint="llmopt serve makes vectors of texts with it, and in Python llmopt.runtime.encoder.Encoder",
         )
     found = ", ".join(f"{engine.exporter} for {engine.target}" for engine in manifest.engines) or "none"
     raise InputError(

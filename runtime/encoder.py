@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llmopt.optimizer.errors import InputError
-from llmopt.optimizer.manifest import EncoderEngine, Manifest
+from llmopt.optimizer.manifest import MANIFEST_NAME, EncoderEngine, Manifest, sha256_of
 from llmopt.runtime.backends.base import FloatArray
 from llmopt.runtime.backends.encoder import open_encoder_backend
 from llmopt.runtime.build import default_threads, refuse_rejected
@@ -53,6 +53,7 @@ class Encoder:
         if self.manifest.verdict.status == "rejected":
             refuse_rejected(directory, self.manifest, force=force)
         self.engine = _engine(directory, self.manifest)
+        self.fingerprint = "fp_" + sha256_of(directory / MANIFEST_NAME)[:16]
         self._tokenizer = Tokenizer(directory)
         self._backend = open_encoder_backend(directory, self.engine, threads=threads or default_threads())
 
@@ -62,18 +63,28 @@ class Encoder:
         return self.engine.hidden_size
 
     def encode(
-        self, texts: Sequence[str] | str, *, prompt: str | None = None, cut: bool = True, batch: int = 32
+        self,
+        texts: Sequence[str | Sequence[int]] | str,
+        *,
+        prompt: str | None = None,
+        cut: bool = True,
+        batch: int = 32,
     ) -> FloatArray:
         """The vector of each text, float32 ``[texts, dimensions]``; see ``encode_counted``."""
         return self.encode_counted(texts, prompt=prompt, cut=cut, batch=batch).vectors
 
     def encode_counted(
-        self, texts: Sequence[str] | str, *, prompt: str | None = None, cut: bool = True, batch: int = 32
+        self,
+        texts: Sequence[str | Sequence[int]] | str,
+        *,
+        prompt: str | None = None,
+        cut: bool = True,
+        batch: int = 32,
     ) -> Encoded:
         """The vector of each text, and how many tokens it has.
 
         Args:
-            texts: Some texts, or one.
+            texts: Some texts, or one; a list of token ids is taken as it is, without special tokens or prompt.
             prompt: The name of the prompt that each is read behind; None: the model's default, if it has one.
             cut: Whether texts longer than the engine takes are cut, as sentence-transformers does; else they are
                 refused.
@@ -86,7 +97,10 @@ class Encoder:
         """
         given = [texts] if isinstance(texts, str) else list(texts)
         before = self._prompt(prompt)
-        ids = [self._tokenizer.encode(before + text, add_special_tokens=True) for text in given]
+        ids = [
+            self._tokenizer.encode(before + text, add_special_tokens=True) if isinstance(text, str) else list(text)
+            for text in given
+        ]
         long = [i for i, row in enumerate(ids) if len(row) > self.engine.capacity]
         if long and not cut:
             raise InputError(
@@ -94,7 +108,8 @@ class Encoder:
                 hint="cut the text, or split it",
             )
         for i in long:
-            ids[i] = self._tokenizer.encode_cut(before + given[i], self.engine.capacity)
+            text, capacity = given[i], self.engine.capacity
+            ids[i] = self._tokenizer.encode_cut(before + text, capacity) if isinstance(text, str) else ids[i][:capacity]
         return Encoded(self._backend.vectors(ids, batch=batch), [len(row) for row in ids], long)
 
     def _prompt(self, name: str | None) -> str:

@@ -1,6 +1,7 @@
 """Serve a build over HTTP with the OpenAI API."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -35,7 +36,7 @@ def command(
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     # The port answers before anything heavy is imported: /health says 503 until the model is there.
-    from llmopt.optimizer.errors import MissingExtraError
+    from llmopt.optimizer.errors import InputError, MissingExtraError
 
     try:
         from llmopt.runtime.server.serve import bind, serve
@@ -43,12 +44,19 @@ def command(
         if error.name not in ("starlette", "uvicorn"):
             raise
         raise MissingExtraError(error.name, "serve") from error
-    from llmopt.runtime.build import Build, open_build
+    from llmopt.runtime.build import holds_encoder, open_build
+    from llmopt.runtime.encoder import Encoder
 
-    def load() -> Build:
+    vectors = holds_encoder(build)
+    if vectors and context is not None:
+        raise InputError("--context is for builds that continue text", hint="an encoder's engine has its own length")
+
+    def load() -> Any:
+        if vectors:
+            return Encoder(build, threads=threads, verify=verify, force=force)
         return open_build(build, slots=slots, context=context, threads=threads, verify=verify, force=force)
 
     sock = bind(host, port)
     name = model_name or build.resolve().name
     click.echo(f"serving {name} on http://{host}:{sock.getsockname()[1]}", err=True)
-    serve(load, sock=sock, model_name=name)
+    serve(load, sock=sock, model_name=name, vectors=vectors)

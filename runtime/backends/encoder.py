@@ -1,6 +1,8 @@
 """Runs an encoder's engine in ONNX Runtime: token ids of texts in, a vector of each out."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,8 @@ __all__ = ["EncoderBackend", "open_encoder_backend"]
 _VECTORS = "sentence_embedding"
 
 _CALL_TOKENS = 1024
-"""In one call, padding included: what a layer makes of more no longer fits a core's cache, and each token of 32 texts
-of 128 tokens took 15 to 20 % longer than in calls of 8 texts."""
+"""In one call, padding included: what a layer makes of more does not fit a cache, and each token of 32 texts of
+128 tokens took 15 to 20 % longer than in calls of 8 texts."""
 
 
 def open_encoder_backend(directory: Path, engine: EncoderEngine, *, threads: int) -> "EncoderBackend":
@@ -26,24 +28,44 @@ def open_encoder_backend(directory: Path, engine: EncoderEngine, *, threads: int
     Args:
         directory: The build.
         engine: One of its manifest's encoders.
-        threads: Threads one run works with.
+        threads: Calls that run at the same time, or threads that share one call where there is only one.
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
         UnsupportedError: The engine needs something this version of llmopt or of ONNX Runtime cannot do.
     """
     check_features(engine.features)
-    return EncoderBackend(open_session(directory / engine.path, engine.target, threads), engine)
+    backend = EncoderBackend(partial(open_session, directory / engine.path, engine.target), engine, threads)
+    backend.session(threads)
+    return backend
 
 
 class EncoderBackend:
-    """One engine, loaded. Calls may come from several threads."""
+    """One engine, loaded.
 
-    def __init__(self, session: Any, engine: EncoderEngine) -> None:
+    Where texts are enough for several calls, each call has one thread: threads that share one have to wait for each
+    other at every operator, and on two busy cores two calls side by side took little more than half as long. The
+    session for that is opened when it is first needed, with the weights once more in memory.
+
+    Args:
+        open_with: Opens a session with this many threads.
+        engine: Whose session it is.
+        threads: See ``open_encoder_backend``.
+    """
+
+    def __init__(self, open_with: Callable[[int], Any], engine: EncoderEngine, threads: int) -> None:
         self.engine = engine
-        self._session = session
+        self._open = open_with
+        self._threads = threads
+        self._sessions: dict[int, Any] = {}
         self._takes_types = "token_type_ids" in [each.name for each in engine.inputs]
         self._errors = ort_errors()
+
+    def session(self, threads: int) -> Any:
+        """The session whose calls have this many threads."""
+        if threads not in self._sessions:
+            self._sessions[threads] = self._open(threads)
+        return self._sessions[threads]
 
     def vectors(
         self,
@@ -59,7 +81,7 @@ class EncoderBackend:
         Args:
             texts: The token ids of each, special ones included; none is empty.
             token_types: The type of each token, of encoders whose tokens have types; None: all of the first.
-            batch: Texts in one call, at the most: fewer where they are long.
+            batch: Texts in one call, at the most: fewer where they are long, or where threads would be idle.
 
         Raises:
             InputError: A text is empty, longer than the engine takes, or has an id outside the vocabulary.
@@ -68,18 +90,29 @@ class EncoderBackend:
         lengths = np.array([len(text) for text in texts], dtype=np.int64)
         self._check(texts, lengths)
         found = np.empty((len(texts), self.engine.hidden_size), np.float32)
-        order = np.argsort(lengths, kind="stable")
-        for rows in _calls(order, lengths, batch):
-            mask = (np.arange(lengths[rows].max()) < lengths[rows, None]).astype(np.int64)
-            feeds = {
-                "input_ids": _padded([texts[i] for i in rows], mask, self.engine.pad_token),
-                "attention_mask": mask,
-            }
-            if self._takes_types:
-                types = [[0] * len(texts[i]) if token_types is None else token_types[i] for i in rows]
-                feeds["token_type_ids"] = _padded(types, mask, 0)
-            found[rows] = self._run(feeds)
+        budget = min(_CALL_TOKENS, -(-int(lengths.sum()) // self._threads))
+        calls = list(_calls(np.argsort(lengths, kind="stable"), lengths, batch, budget))
+        session = self.session(1 if len(calls) > 1 else self._threads)
+
+        def run(rows: np.ndarray) -> None:
+            found[rows] = self._run(session, self._feeds(rows, texts, token_types))
+
+        with ThreadPoolExecutor(self._threads) as pool:
+            # The longest first: the short ones fill what is left at the end.
+            list(pool.map(run, reversed(calls)))
         return found
+
+    def _feeds(
+        self, rows: np.ndarray, texts: Sequence[Sequence[int]], token_types: Sequence[Sequence[int]] | None
+    ) -> dict[str, np.ndarray]:
+        """The inputs of a call of some texts."""
+        lengths = np.array([len(texts[i]) for i in rows])
+        mask = (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64)
+        feeds = {"input_ids": _padded([texts[i] for i in rows], mask, self.engine.pad_token), "attention_mask": mask}
+        if self._takes_types:
+            types = [[0] * len(texts[i]) if token_types is None else token_types[i] for i in rows]
+            feeds["token_type_ids"] = _padded(types, mask, 0)
+        return feeds
 
     def _check(self, texts: Sequence[Sequence[int]], lengths: np.ndarray) -> None:
         if len(texts) and not 0 < lengths.min() <= lengths.max() <= self.engine.capacity:
@@ -91,22 +124,22 @@ class EncoderBackend:
             if not 0 <= min(text) <= max(text) < self.engine.vocab_size:
                 raise InputError(f"token ids go from 0 to {self.engine.vocab_size - 1}, not {min(text)} to {max(text)}")
 
-    def _run(self, feeds: dict[str, np.ndarray]) -> FloatArray:
+    def _run(self, session: Any, feeds: dict[str, np.ndarray]) -> FloatArray:
         try:
-            (vectors,) = self._session.run([_VECTORS], feeds)
+            (vectors,) = session.run([_VECTORS], feeds)
         except self._errors as error:
             raise ExecutionError(f"the engine failed: {error}") from error
         made: FloatArray = vectors
         return made
 
 
-def _calls(order: np.ndarray, lengths: np.ndarray, batch: int) -> Iterator[np.ndarray]:
-    """The texts of each call: neighbours in ``order``, which goes from short to long."""
+def _calls(order: np.ndarray, lengths: np.ndarray, batch: int, budget: int) -> Iterator[np.ndarray]:
+    """The texts of each call: neighbours in ``order``, which goes from short to long, of ``budget`` tokens at most."""
     first = 0
     while first < len(order):
         past_end = first + 1
         while past_end < min(first + batch, len(order)):
-            if lengths[order[past_end]] * (past_end + 1 - first) > _CALL_TOKENS:
+            if lengths[order[past_end]] * (past_end + 1 - first) > budget:
                 break
             past_end += 1
         yield order[first:past_end]

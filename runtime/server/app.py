@@ -8,6 +8,7 @@ from starlette.routing import Route
 
 from llmopt.runtime.server.chat import chat
 from llmopt.runtime.server.completions import complete
+from llmopt.runtime.server.embeddings import EmbeddingService, embed
 from llmopt.runtime.server.errors import error_handlers
 from llmopt.runtime.server.models import health, models, one_model, version
 from llmopt.runtime.server.service import Service
@@ -15,8 +16,15 @@ from llmopt.runtime.server.service import Service
 __all__ = ["create_app"]
 
 
-def create_app(service: Service) -> Starlette:
+def create_app(service: Service | EmbeddingService) -> Starlette:
     """The application that answers for ``service``, which starts and stops with it."""
+    if isinstance(service, EmbeddingService):
+        answering = [Route("/v1/embeddings", embed, methods=["POST"])]
+    else:
+        answering = [
+            Route("/v1/completions", complete, methods=["POST"]),
+            Route("/v1/chat/completions", chat, methods=["POST"]),
+        ]
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -29,7 +37,6 @@ def create_app(service: Service) -> Starlette:
         Route("/version", version),
         Route("/v1/models", models),
         Route("/v1/models/{name:path}", one_model),
-        Route("/v1/completions", complete, methods=["POST"]),
-        Route("/v1/chat/completions", chat, methods=["POST"]),
+        *answering,
     ]
     return Starlette(routes=routes, lifespan=lifespan, exception_handlers=error_handlers)

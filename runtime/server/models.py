@@ -2,20 +2,33 @@
 
 import time
 from importlib.metadata import version as installed_version
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from llmopt.runtime.server.errors import ApiError
-from llmopt.runtime.server.service import Service
+from llmopt.runtime.server.service import Description
 
 __all__ = ["check_model", "health", "models", "one_model", "version"]
 
 _STARTED = int(time.time())
 
 
-def check_model(service: Service, name: str | None) -> None:
+class Served(Protocol):
+    """What these routes ask of a service, whatever it serves."""
+
+    model_name: str
+
+    @property
+    def description(self) -> Description:
+        """What is served; raises ``ApiError`` 503 while there is nothing."""
+
+    def check_health(self) -> None:
+        """Raise ``ApiError`` 503 while requests cannot be answered."""
+
+
+def check_model(service: Served, name: str | None) -> None:
     """Refuse requests for another model.
 
     Raises:
@@ -28,13 +41,13 @@ def check_model(service: Service, name: str | None) -> None:
         )
 
 
-def _describe(service: Service) -> dict[str, Any]:
+def _describe(service: Served) -> dict[str, Any]:
     return {
         "id": service.model_name,
         "object": "model",
         "created": _STARTED,
         "owned_by": "llmopt",
-        "max_model_len": service.build.backend.capacity,
+        "max_model_len": service.description.max_model_len,
     }
 
 
@@ -45,7 +58,7 @@ async def models(http: Request) -> Response:
 
 async def one_model(http: Request) -> Response:
     """One model by name."""
-    service: Service = http.app.state.service
+    service: Served = http.app.state.service
     check_model(service, http.path_params["name"])
     return JSONResponse(_describe(service))
 
@@ -58,12 +71,12 @@ async def health(http: Request) -> Response:
 
 async def version(http: Request) -> Response:
     """Which llmopt serves which build, and how it was judged."""
-    build = http.app.state.service.build
+    _, fingerprint, manifest = http.app.state.service.description
     return JSONResponse(
         {
             "version": installed_version("llmopt"),
-            "fingerprint": build.fingerprint,
-            "model": build.manifest.source.spec,
-            "verdict": build.manifest.verdict.status,
+            "fingerprint": fingerprint,
+            "model": manifest.source.spec,
+            "verdict": manifest.verdict.status,
         }
     )

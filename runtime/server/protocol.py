@@ -2,13 +2,13 @@
 
 import logging
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from llmopt.runtime.server.errors import ApiError
 
-__all__ = ["ChatBody", "CompletionBody", "GenerationBody", "Message", "parse"]
+__all__ = ["ChatBody", "CompletionBody", "EmbeddingBody", "GenerationBody", "Message", "parse"]
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +121,24 @@ class CompletionBody(GenerationBody):
         return self
 
 
+class EmbeddingBody(_Body):
+    """The body of a request for vectors."""
+
+    model: str | None = None
+    input: str | list[str] | list[int] | list[list[int]]
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: Annotated[int, Field(ge=1)] | None = None
+    prompt_name: str | None = None
+
+    @property
+    def texts(self) -> list[str | list[int]]:
+        """The inputs one by one: texts, or the token ids of each."""
+        if isinstance(self.input, str):
+            return [self.input]
+        ids = [token for token in self.input if isinstance(token, int)]
+        return [ids] if ids else [text for text in self.input if not isinstance(text, int)]
+
+
 class Message(_Body):
     """One message of a conversation. The content is text, or a list of text parts."""
 
@@ -148,7 +166,7 @@ class ChatBody(GenerationBody):
         return self
 
 
-Body = TypeVar("Body", bound=GenerationBody)
+Body = TypeVar("Body", bound=BaseModel)
 
 
 def parse(kind: type[Body], data: object) -> Body:

@@ -6,12 +6,13 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import uvicorn
 
 from llmopt.optimizer.errors import InputError
-from llmopt.runtime.build import Build
 from llmopt.runtime.server.app import create_app
+from llmopt.runtime.server.embeddings import EmbeddingService
 from llmopt.runtime.server.service import Service
 
 __all__ = ["Server", "bind", "serve"]
@@ -52,18 +53,20 @@ def bind(host: str, port: int) -> socket.socket:
         raise InputError(f"cannot listen on {host} port {port}: {error}", hint="choose another --port") from error
 
 
-def serve(load: Callable[[], Build], *, sock: socket.socket, model_name: str) -> None:
+def serve(load: Callable[[], Any], *, sock: socket.socket, model_name: str, vectors: bool = False) -> None:
     """Serve until SIGINT or SIGTERM.
 
     Args:
-        load: Opens the build.
+        load: Opens the build: a ``Build``, or an ``Encoder`` with ``vectors``.
         sock: As made by ``bind``.
         model_name: What clients call the model.
+        vectors: Whether texts are answered by vectors; else by text.
 
     Raises:
         LlmoptError: Whatever kept the build from opening.
     """
-    service = Service(load, model_name=model_name, on_failure=lambda: server.handle_exit(signal.SIGTERM, None))
+    kind = EmbeddingService if vectors else Service
+    service = kind(load, model_name=model_name, on_failure=lambda: server.handle_exit(signal.SIGTERM, None))
     config = uvicorn.Config(
         create_app(service), log_level="warning", access_log=False, lifespan="on", timeout_graceful_shutdown=GRACE
     )

@@ -5,16 +5,17 @@ import contextlib
 import logging
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from starlette.requests import Request as HttpRequest
 
+from llmopt.optimizer.manifest import Manifest
 from llmopt.runtime.build import Build
 from llmopt.runtime.engine import Engine, EngineClosedError, deliver_here
 from llmopt.runtime.request import Event, Request
 from llmopt.runtime.server.errors import ApiError
 
-__all__ = ["Receiver", "Service"]
+__all__ = ["Description", "Receiver", "Service"]
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +26,20 @@ STUCK_AFTER = 60.0
 """Seconds one step may take before the server calls itself unhealthy."""
 
 Receiver: TypeAlias = Callable[[Event], None]
+
+
+class Description(NamedTuple):
+    """What a server tells of its build.
+
+    Attributes:
+        max_model_len: Tokens of the longest request.
+        fingerprint: Equal for equal builds.
+        manifest: Of the build.
+    """
+
+    max_model_len: int
+    fingerprint: str
+    manifest: Manifest
 
 
 class Service:
@@ -58,6 +73,16 @@ class Service:
         if self._build is None:
             raise ApiError(503, "the model is loading", code="loading")
         return self._build
+
+    @property
+    def description(self) -> Description:
+        """What is served.
+
+        Raises:
+            ApiError: 503; see ``build``.
+        """
+        build = self.build
+        return Description(build.backend.capacity, build.fingerprint, build.manifest)
 
     def check_health(self) -> None:
         """Return when requests can be answered.

@@ -31,6 +31,19 @@ def texts():
     return [generator.integers(3, 512, length).tolist() for length in (5, 1, 40, 12, 12, 3, 64)]
 
 
+def calls_of(backend, monkeypatch):
+    """The shapes of all calls from now on."""
+    shapes = []
+    right = backend._run
+
+    def run(session, feeds):
+        shapes.append(feeds["input_ids"].shape)
+        return right(session, feeds)
+
+    monkeypatch.setattr(backend, "_run", run)
+    return shapes
+
+
 @pytest.mark.parametrize("batch", [1, 3, 100])
 def test_vectors_come_in_the_order_of_the_texts(backend, texts, batch):
     found = backend.vectors(texts, batch=batch)
@@ -40,24 +53,25 @@ def test_vectors_come_in_the_order_of_the_texts(backend, texts, batch):
 
 
 def test_texts_of_about_equal_length_share_a_call(backend, texts, monkeypatch):
-    shapes = []
-    right = backend._run
-
-    def run(feeds):
-        shapes.append(feeds["input_ids"].shape)
-        return right(feeds)
-
-    monkeypatch.setattr(backend, "_run", run)
+    shapes = calls_of(backend, monkeypatch)
     backend.vectors(texts, batch=3)
-    assert shapes == [(3, 5), (3, 40), (1, 64)]
+    assert shapes == [(1, 64), (3, 40), (3, 5)]
 
 
 def test_a_call_has_no_more_tokens_than_a_cache_holds(backend, monkeypatch):
-    shapes = []
-    monkeypatch.setattr(backend, "_run", lambda feeds: shapes.append(feeds["input_ids"].shape) or np.zeros((1, 64)))
+    shapes = calls_of(backend, monkeypatch)
     monkeypatch.setattr("llmopt.runtime.backends.encoder._CALL_TOKENS", 40)
     backend.vectors([[5] * length for length in (4, 5, 5, 10, 10, 30, 64)], batch=3)
-    assert shapes == [(3, 5), (2, 10), (1, 30), (1, 64)]
+    assert shapes == [(1, 64), (1, 30), (2, 10), (3, 5)]
+
+
+def test_texts_are_shared_among_threads(built, texts, monkeypatch):
+    directory, engine = built
+    both = open_encoder_backend(directory, engine, threads=2)
+    shapes = calls_of(both, monkeypatch)
+    expected = open_encoder_backend(directory, engine, threads=1).vectors([texts[0]] * 8)
+    assert np.array_equal(both.vectors([texts[0]] * 8), expected)
+    assert shapes == [(4, 5), (4, 5)]
 
 
 def test_no_text_is_no_vector(backend):
@@ -81,7 +95,7 @@ def test_what_the_engine_does_not_take_is_refused(backend, text, said):
 def test_a_run_that_fails_is_an_error_of_its_own(backend):
     feeds = {name: np.zeros((1, 2), np.int64) for name in ("input_ids", "attention_mask", "token_type_ids")}
     with pytest.raises(ExecutionError, match="the engine failed"):
-        backend._run(feeds | {"attention_mask": np.zeros((1, 3), np.int64)})
+        backend._run(backend.session(1), feeds | {"attention_mask": np.zeros((1, 3), np.int64)})
 
 
 @pytest.mark.parametrize(
