@@ -40,7 +40,7 @@ def test_quick_runs_a_layer_of_every_scheme(model_of):
     assert list(found) == [f"layers.{i}" for i in range(4)]
 
 
-@pytest.mark.parametrize("scheme", [None, "W8A8", "W8A16"])
+@pytest.mark.parametrize("scheme", [None, "W8A8", "W8A16", "FP8_DYNAMIC"])
 @pytest.mark.parametrize("name", ["bert"])
 def test_a_right_lowering_stays_within_float_rounding(model_of, name, scheme):
     for differences in verify_encoder(model_of(name, scheme), CPU, level="quick", seed=0).values():
