@@ -16,7 +16,9 @@ from statistics import median
 import numpy as np
 
 from llmopt.benchmarks.builds import RECIPES, build
-from llmopt.benchmarks.child import ChildError, run
+from llmopt.benchmarks.child import ChildError
+from llmopt.benchmarks.loaders.programs import SENTENCE_TRANSFORMERS
+from llmopt.benchmarks.peer import installed
 from llmopt.benchmarks.report import markdown, publish_result, say
 from llmopt.optimizer.cache import cache_root
 from llmopt.optimizer.manifest import Manifest
@@ -25,8 +27,6 @@ from llmopt.optimizer.sources import locate
 __all__ = ["main", "rows_of"]
 
 _RECIPE = RECIPES / "all-minilm-l6-v2-int8.yaml"
-_PEER = ("torch==2.13.0", "sentence-transformers==5.7.0", "optimum-onnx[onnxruntime]==0.1.0", "onnxruntime==1.32.0")
-"""Its ONNX backend needs a transformers before 4.58, so it has an environment of its own."""
 
 
 @dataclass(slots=True)
@@ -106,18 +106,6 @@ def rows_of(programs: Sequence[Program], texts: int) -> list[list[str]]:
     return rows
 
 
-def _peer(out: Path) -> Path:
-    """The Python of an environment with sentence-transformers and its ONNX backend, made once."""
-    directory = out / "peers" / "sentence-transformers"
-    python, done = directory / "bin" / "python", directory / "installed"
-    if not done.is_file() or done.read_text("utf-8") != str(_PEER):
-        say(f"installing sentence-transformers in {directory}")
-        run([sys.executable, "-m", "venv", "--clear", str(directory)], log=directory.with_name("st.venv.log"))
-        run([str(python), "-m", "pip", "install", "--quiet", *_PEER], log=directory.with_name("st.pip.log"))
-        done.write_text(str(_PEER), encoding="utf-8")
-    return python.absolute()
-
-
 def _float_recipe(out: Path) -> Path:
     """The recipe without its passes."""
     text = _RECIPE.read_text("utf-8")
@@ -151,7 +139,7 @@ def main() -> None:
     ours = Path(sys.executable)
     wanted = [("llmopt, float32", "llmopt", plain, ours), ("llmopt, W8A8", "llmopt", rounded, ours)]
     if not arguments.alone:
-        peer = arguments.peer or _peer(out)
+        peer = arguments.peer or installed(SENTENCE_TRANSFORMERS, out / "bench" / "loaders" / "sentence_transformers")
         checkpoint = locate(Manifest.load(plain).source.spec, cache=cache_root(), base=RECIPES)
         wanted += [
             ("sentence-transformers, torch", "torch", checkpoint, peer),

@@ -1,12 +1,12 @@
-"""The programs that load checkpoints."""
+"""The programs that load what llmopt writes."""
 
 from collections.abc import Mapping
 from pathlib import Path
 
-from llmopt.benchmarks.peer import Peer
+from llmopt.benchmarks.peer import TORCH, Peer
 from llmopt.benchmarks.quantizers.peers import GPTQMODEL
 
-__all__ = ["HERE", "LOADERS"]
+__all__ = ["HERE", "LOADERS", "SENTENCE_TRANSFORMERS"]
 
 _FOLDER = Path(__file__).parent
 
@@ -33,3 +33,10 @@ LOADERS: Mapping[str, Peer] = {
         environment={"GPTQMODEL_CPU_WORKERS": "2"},
     ),
 }
+
+SENTENCE_TRANSFORMERS = Peer(
+    "sentence-transformers 5.7.0",
+    _FOLDER / "run_sentence_transformers.py",
+    (TORCH, "sentence-transformers==5.7.0", "optimum-onnx[onnxruntime]==0.1.0", "onnxruntime==1.32.0"),
+)
+"""Of encoders. Its ONNX backend needs a transformers before 4.58, so it has an environment of its own."""

@@ -15,10 +15,16 @@ from llmopt.optimizer.contracts import PassContext
 from llmopt.optimizer.manifest import EncoderEngine, PassRecord
 from llmopt.optimizer.model import Model
 from llmopt.optimizer.target import Target
+from llmopt.optimizer.tokenizer_config import read_object
 
 __all__ = ["export_encoder"]
 
 _TOKENIZER_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+_NEW_CLASS = "TokenizersBackend"
+"""What transformers 5 calls any fast tokenizer; version 4, which sentence-transformers' ONNX backend needs, does not
+know it. Both know the older name."""
 
 
 def export_encoder(
@@ -71,6 +77,9 @@ def _write_folder(model: Model, folder: Path, capacity: int) -> None:
     for name in _TOKENIZER_FILES:
         if (path := model.source.tokenizer_dir / name).is_file():
             shutil.copyfile(path, folder / name)
+    settings = read_object(folder / "tokenizer_config.json")
+    if settings.get("tokenizer_class") == _NEW_CLASS:
+        _write(folder / "tokenizer_config.json", settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
     pooling = model.pooling
     kinds = ["Transformer", "Pooling", *(["Normalize"] if pooling.normalize else [])]
     paths = ["", "1_Pooling", "2_Normalize"]
