@@ -106,11 +106,11 @@ def rows_of(programs: Sequence[Program], texts: int) -> list[list[str]]:
     return rows
 
 
-def _float_recipe(out: Path) -> Path:
+def _float_recipe(out: Path, recipe: Path = _RECIPE) -> Path:
     """The recipe without its passes."""
-    text = _RECIPE.read_text("utf-8")
+    text = recipe.read_text("utf-8")
     before, _, behind = text.partition("passes:\n")
-    texts = (RECIPES / "texts").resolve()
+    texts = (recipe.parent / "texts").resolve()
     plain = f"{before}passes: []\n{behind[behind.index('export:') :]}".replace("texts/", f"{texts}/")
     path = out / "bench" / "all-minilm-l6-v2-fp32.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,7 @@
 """What is made of the times and vectors of several programs."""
 
+from pathlib import Path
+
 import numpy as np
 from ruamel.yaml import YAML
 
@@ -20,8 +22,9 @@ def test_ratios_are_those_within_a_round():
 
 
 def test_the_float_recipe_is_the_other_without_passes(tmp_path):
-    plain = YAML(typ="safe").load(encoders._float_recipe(tmp_path).read_text("utf-8"))
-    rounded = YAML(typ="safe").load(encoders._RECIPE.read_text("utf-8"))
+    recipe = Path(__file__).parents[2] / "recipes/all-minilm-l6-v2-int8.yaml"
+    plain = YAML(typ="safe").load(encoders._float_recipe(tmp_path, recipe).read_text("utf-8"))
+    rounded = YAML(typ="safe").load(recipe.read_text("utf-8"))
     assert plain["passes"] == []
     assert plain["model"] == rounded["model"]
     assert [gate["metric"] for gate in plain["accept"]] == [gate["metric"] for gate in rounded["accept"]]

@@ -95,7 +95,7 @@ def test_listing_names_imports_no_pass() -> None:
         ("passes", "round_to_neerest", "no pass named 'round_to_neerest'", "did you mean 'round_to_nearest'?"),
         ("passes", "Round-To-Nearest", "no pass named 'Round-To-Nearest'", "did you mean 'round_to_nearest'?"),
         ("passes.graph", "fuse_qkw", "no graph pass named 'fuse_qkw'", "did you mean 'fuse_qkv'?"),
-        ("exporters", "zzz", "no exporter named 'zzz'", "known: checkpoint, onnx"),
+        ("exporters", "zzz", "no exporter named 'zzz'", "known: checkpoint, gguf, onnx"),
         ("passes", "../optimizer/loader", "no pass named '../optimizer/loader'", "known: "),
         ("passes", "_zzz", "no pass named '_zzz'", "known: "),
     ],
