@@ -4,10 +4,10 @@ What is compared is the vectors of all tokens, and the pooled ones, of batches w
 """
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,16 +16,23 @@ import onnx_ir as ir
 from llmopt.exporters.onnx.divergence import relative_errors
 from llmopt.exporters.onnx.encoder_graph import encoder_graph
 from llmopt.exporters.onnx.encoder_skeleton import encoder_skeleton
-from llmopt.exporters.onnx.lowering import Stage, passed
+from llmopt.exporters.onnx.layer_check import (
+    LIMIT,
+    Level,
+    Result,
+    chosen_layers,
+    compare_stages,
+    first_rows,
+    hint_for,
+    row_limit,
+)
+from llmopt.exporters.onnx.lowering import passed
 from llmopt.exporters.onnx.sessions import Sessions
-from llmopt.exporters.onnx.verify import LIMIT, ROUNDED_LIMIT
-from llmopt.optimizer.errors import MissingExtraError, VerificationError, is_out_of_memory
-from llmopt.optimizer.model import DenseWeight, Model, QuantWeight
+from llmopt.optimizer.errors import VerificationError
+from llmopt.optimizer.model import Model, QuantWeight
 from llmopt.optimizer.target import Target
 
-__all__ = ["Level", "verify_encoder"]
-
-Level = Literal["none", "quick", "full"]
+__all__ = ["verify_encoder"]
 
 _VOCABULARY = 1024
 _BATCHES = ((1, 17), (3, 12), (2, 1))
@@ -51,12 +58,10 @@ def verify_encoder(model: Model, target: Target, *, level: Level, seed: int) -> 
     """
     if level == "none":
         return {}
-    kinds = [_kind(model, i) for i in range(model.num_layers)]
-    chosen = {0, len(kinds) // 2, len(kinds) - 1} if level == "quick" else set(range(len(kinds)))
-    chosen |= {kinds.index(kind) for kind in set(kinds) - {kinds[i] for i in chosen}}
+    chosen = chosen_layers([_kind(model, i) for i in range(model.num_layers)], level)
     model, skeletons = _small_vocabulary(model), _Skeletons(model)
     found = {}
-    for i in sorted(chosen):
+    for i in chosen:
         with tempfile.TemporaryDirectory() as folder:
             layer = _Layer(model, i, Sessions(Path(folder)), _batches(model, seed))
             found[f"layers.{i}"] = layer.verify(skeletons.of(i), target)
@@ -119,12 +124,8 @@ def _batches(model: Model, seed: int) -> list[Mapping[str, np.ndarray]]:
     return batches
 
 
-@dataclass(frozen=True, slots=True)
-class _Result:
-    """A stage's graph, serialized, and of each batch the vectors of tokens, and the pooled ones, ``[rows, d]``."""
-
-    graph: bytes
-    vectors: list[tuple[np.ndarray, np.ndarray]]
+_Vectors = Result[list[tuple[np.ndarray, np.ndarray]]]
+"""Of each batch the vectors of tokens, and the pooled ones, ``[rows, d]``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,78 +139,43 @@ class _Layer:
 
     def verify(self, skeleton: ir.Model, target: Target) -> dict[str, float]:
         """The differences of ``verify_encoder``."""
-        differences: dict[str, float] = {}
-        results: list[_Result] = []
-        for stage in self._stages(skeleton, target):
-            graph = self.sessions.serialized(stage.graph)
-            if results and graph == results[-1].graph:
-                continue
-            results.append(_Result(graph, self._run(stage.name, graph)))
-            if stage.record is not None:
-                differences[stage.name] = self._difference(stage.name, *results[-2:])
-        differences["all"] = self._difference("the lowering as a whole", results[0], results[-1])
-        return {name: float(f"{difference:.3g}") for name, difference in differences.items()}
+        return compare_stages(
+            passed(encoder_graph(self.model, skeleton), target.encoder_passes),
+            self.sessions,
+            layer=self.i,
+            run=self._vectors,
+            difference=self._difference,
+        )
 
-    def _stages(self, skeleton: ir.Model, target: Target) -> Iterator[Stage]:
-        """With MatMulNBits in float32: in the engine it rounds activations, in the standard graph nothing does."""
-        for stage in passed(encoder_graph(self.model, skeleton), target.encoder_passes):
-            for node in stage.graph.graph:
-                if node.op_type == "MatMulNBits":
-                    node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 1)
-            yield stage
-
-    def _run(self, name: str, graph: bytes) -> list[tuple[np.ndarray, np.ndarray]]:
-        try:
-            session = self.sessions.open(graph)
-            outputs = [session.run(["last_hidden_state", "sentence_embedding"], feed) for feed in self.batches]
-        except MissingExtraError:
-            raise
-        except Exception as error:  # ONNX Runtime's have no common base
-            if is_out_of_memory(error):
-                raise
-            where = "the standard graph" if name == "standard" else f"the graph behind {name}"
-            raise VerificationError(
-                f"layer {self.i}: ONNX Runtime does not run {where}: {error}", hint=_hint(name)
-            ) from error
+    def _vectors(self, session: Any) -> list[tuple[np.ndarray, np.ndarray]]:
+        outputs = [session.run(["last_hidden_state", "sentence_embedding"], feed) for feed in self.batches]
         pairs = zip(outputs, self.batches, strict=True)
         return [(hidden[feed["attention_mask"] > 0], pooled) for (hidden, pooled), feed in pairs]
 
-    def _difference(self, name: str, before: _Result, after: _Result) -> float:
+    def _difference(self, name: str, before: _Vectors, after: _Vectors) -> float:
         """The largest of the batches' medians.
 
         Raises:
             VerificationError: It is beyond the limit, or not a number.
         """
+        limit = row_limit(self.model.weights[f"{name}.weight"] for name in self.model.encoder.linears)
         largest = 0.0
-        for expected, found in zip(before.vectors, after.vectors, strict=True):
+        for expected, found in zip(before.outputs, after.outputs, strict=True):
             errors = np.concatenate([relative_errors(*pair) for pair in zip(expected, found, strict=True)])
             median, worst = float(np.median(errors)), float(errors.max())
-            if not (median <= LIMIT and worst <= self._row_limit()):
+            if not (median <= LIMIT and worst <= limit):
                 difference = median if not median <= LIMIT else worst
                 raise VerificationError(
                     f"layer {self.i}: {name} changes the result: vectors differ by {difference:.2g} of their spread, "
                     f"{LIMIT:g} is accepted",
-                    hint=_hint(name),
+                    hint=hint_for(name),
                 )
             largest = max(largest, median)
         return largest
-
-    def _row_limit(self) -> float:
-        weights = (self.model.weights[f"{name}.weight"] for name in self.model.encoder.linears)
-        schemes = [weight.scheme for weight in weights if isinstance(weight, QuantWeight)]
-        return ROUNDED_LIMIT if any(scheme.input_activations is not None for scheme in schemes) else LIMIT
-
-
-def _hint(name: str) -> str:
-    blamed = "llmopt's exporter" if name == "standard" else "that graph pass"
-    return f"this is a bug in {blamed}; verify: none builds all the same"
 
 
 def _small_vocabulary(model: Model) -> Model:
     """The model with the first rows of its words' table: a lowering treats all rows alike."""
     name = f"{model.encoder.embedding}.weight"
     weight = model.weights[name]
-    if isinstance(weight, DenseWeight):
-        return model.with_weights({name: DenseWeight.of(weight.rows(0, min(_VOCABULARY, weight.shape[0])).clone())})
-    rows = slice(min(_VOCABULARY, weight.shape[0]))
-    return model.with_weights({name: QuantWeight.of(weight.load().rows(rows), weight.scheme)})
+    return model.with_weights({name: first_rows(weight, min(_VOCABULARY, weight.shape[0]))})

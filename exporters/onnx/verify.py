@@ -6,37 +6,36 @@ spread. A single layer with embedding and head shows every mistake of a graph pa
 """
 
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 
 from llmopt.exporters.onnx.calls import CALLS, CAPACITY, run_calls
 from llmopt.exporters.onnx.divergence import first_divergence, relative_errors
-from llmopt.exporters.onnx.lowering import Stage, stages
+from llmopt.exporters.onnx.layer_check import (
+    LIMIT,
+    Level,
+    Result,
+    chosen_layers,
+    compare_stages,
+    first_rows,
+    hint_for,
+    row_limit,
+)
+from llmopt.exporters.onnx.lowering import stages
 from llmopt.exporters.onnx.sessions import Sessions
 from llmopt.optimizer.decoder import Decoder, Layer
-from llmopt.optimizer.errors import MissingExtraError, VerificationError, is_out_of_memory
-from llmopt.optimizer.model import DenseWeight, Model, QuantWeight, Weight
+from llmopt.optimizer.errors import VerificationError
+from llmopt.optimizer.model import Model, QuantWeight
 from llmopt.optimizer.target import Target
 
-__all__ = ["LIMIT", "ROUNDED_LIMIT", "Level", "verify_lowering"]
-
-Level = Literal["none", "quick", "full"]
+__all__ = ["verify_lowering"]
 
 _VOCABULARY = 1024
 _WINDOW = 6
 """Tokens of a sliding window while it is verified: the calls have more, so that it is seen to slide."""
-
-LIMIT = 1e-4
-"""Accepted ``rms(difference) / std(logits)`` of a row: float kernels only order their sums differently."""
-
-ROUNDED_LIMIT = 0.1
-"""The same of a single row where activations are rounded. An activation on the border of two integers may round either
-way, one row in a thousand has one, and moves by up to 0.02; the median of a call's rows stays below ``LIMIT``."""
 
 
 def verify_lowering(model: Model, target: Target, *, level: Level, seed: int) -> dict[str, dict[str, float]]:
@@ -70,11 +69,7 @@ def verify_lowering(model: Model, target: Target, *, level: Level, seed: int) ->
 
 def _quick(model: Model) -> list[int]:
     """The first, a middle and the last layer, and the first of each kind that is computed in another way."""
-    layers = model.decoder.layers
-    chosen = {0, len(layers) // 2, len(layers) - 1}
-    kinds = [_kind(model, layer) for layer in layers]
-    covered = {kinds[i] for i in chosen}
-    return sorted(chosen | {kinds.index(kind) for kind in set(kinds) - covered})
+    return chosen_layers([_kind(model, layer) for layer in model.decoder.layers], "quick")
 
 
 def _kind(model: Model, layer: Layer) -> tuple[object, ...]:
@@ -86,12 +81,8 @@ def _kind(model: Model, layer: Layer) -> tuple[object, ...]:
     return (description, biases, schemes)
 
 
-@dataclass(frozen=True, slots=True)
-class _Result:
-    """A stage's graph, serialized, and its logits in each call, float32 ``[rows, vocabulary]``."""
-
-    graph: bytes
-    logits: list[np.ndarray]
+_Logits = Result[list[np.ndarray]]
+"""Of each call, float32 ``[rows, vocabulary]``."""
 
 
 @dataclass(slots=True)
@@ -109,73 +100,41 @@ class _Layer:
 
     def verify(self, target: Target) -> dict[str, float]:
         """The differences of ``verify_lowering``."""
-        differences: dict[str, float] = {}
-        results: list[_Result] = []
-        for stage in self._stages(target):
-            graph = self.sessions.serialized(stage.graph)
-            if results and graph == results[-1].graph:
-                continue
-            results.append(_Result(graph, self._logits(stage.name, graph)))
-            if stage.record is not None:
-                differences[stage.name] = self._difference(stage.name, *results[-2:])
-        differences["all"] = self._difference("the lowering as a whole", results[0], results[-1])
-        return {name: float(f"{difference:.3g}") for name, difference in differences.items()}
+        return compare_stages(
+            stages(self.model, target, capacity=CAPACITY, decoder=self.decoder),
+            self.sessions,
+            layer=self.i,
+            run=self._logits,
+            difference=self._difference,
+        )
 
-    def _stages(self, target: Target) -> Iterator[Stage]:
-        """With MatMulNBits in float32: in the engine it rounds activations, in the standard graph nothing does."""
-        for stage in stages(self.model, target, capacity=CAPACITY, decoder=self.decoder):
-            for node in stage.graph.graph:
-                if node.op_type == "MatMulNBits":
-                    node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 1)
-            yield stage
+    def _logits(self, session: Any) -> list[np.ndarray]:
+        return [outputs["logits"] for outputs in run_calls(session, self.decoder, self.seed)]
 
-    def _logits(self, name: str, graph: bytes) -> list[np.ndarray]:
-        try:
-            session = self.sessions.open(graph)
-            return [outputs["logits"] for outputs in run_calls(session, self.decoder, self.seed)]
-        except MissingExtraError:
-            raise
-        except Exception as error:  # ONNX Runtime's have no common base
-            if is_out_of_memory(error):
-                raise
-            where = "the standard graph" if name == "standard" else f"the graph behind {name}"
-            raise VerificationError(
-                f"layer {self.i}: ONNX Runtime does not run {where}: {error}", hint=_hint(name)
-            ) from error
-
-    def _difference(self, name: str, before: _Result, after: _Result) -> float:
+    def _difference(self, name: str, before: _Logits, after: _Logits) -> float:
         """The largest of the calls' medians.
 
         Raises:
             VerificationError: It is beyond the limit, or not a number.
         """
+        limit = row_limit(self.model.weights[self.model.weight_of(name)] for name in self.decoder.linears)
         largest = 0.0
-        for number, pair in enumerate(zip(before.logits, after.logits, strict=True)):
+        for number, pair in enumerate(zip(before.outputs, after.outputs, strict=True)):
             errors = relative_errors(*pair)
             median, worst = float(np.median(errors)), float(errors.max())
-            if not (median <= LIMIT and worst <= self._row_limit()):
+            if not (median <= LIMIT and worst <= limit):
                 raise self._error(name, before, after, number, median if not median <= LIMIT else worst)
             largest = max(largest, median)
         return largest
 
-    def _row_limit(self) -> float:
-        weights = (self.model.weights[self.model.weight_of(name)] for name in self.decoder.linears)
-        schemes = [weight.scheme for weight in weights if isinstance(weight, QuantWeight)]
-        return ROUNDED_LIMIT if any(scheme.input_activations is not None for scheme in schemes) else LIMIT
-
-    def _error(self, name: str, before: _Result, after: _Result, call: int, difference: float) -> VerificationError:
+    def _error(self, name: str, before: _Logits, after: _Logits, call: int, difference: float) -> VerificationError:
         graphs = (before.graph, after.graph)
         node = first_divergence(self.sessions, graphs, self.decoder, call=call, seed=self.seed, limit=LIMIT)
         return VerificationError(
             f"layer {self.i}: {name} changes the result: logits differ by {difference:.2g} of their spread, "
             f"{LIMIT:g} is accepted; first at {node}, for {CALLS[call]} (seed {self.seed})",
-            hint=_hint(name),
+            hint=hint_for(name),
         )
-
-
-def _hint(name: str) -> str:
-    blamed = "llmopt's exporter" if name == "standard" else "that graph pass"
-    return f"this is a bug in {blamed}; verify: none builds all the same"
 
 
 def _single(decoder: Decoder, i: int) -> Decoder:
@@ -190,11 +149,5 @@ def _small_vocabulary(model: Model) -> Model:
     """The model with the first rows of its tables: a lowering treats all rows alike, and they are most of the bytes."""
     size = min(_VOCABULARY, model.config["vocab_size"])
     names = {f"{model.arch.embedding}.weight", model.weight_of(model.arch.head), f"{model.arch.head}.bias"}
-    first = {name: _first_rows(model.weights[name], size) for name in names & model.weights.keys()}
+    first = {name: first_rows(model.weights[name], size) for name in names & model.weights.keys()}
     return replace(model.with_weights(first), config={**model.config, "vocab_size": size})
-
-
-def _first_rows(weight: Weight, count: int) -> Weight:
-    if isinstance(weight, DenseWeight):
-        return DenseWeight.of(weight.rows(0, count).clone())
-    return QuantWeight.of(weight.load().rows(slice(count)), weight.scheme)
