@@ -69,6 +69,17 @@ def _weights_refusal(scheme: Scheme) -> str | None:
     return None
 
 
+_TO_KERNELS = (
+    "share_activation_quantization",
+    "lower_linear",
+    "inline_composites",
+    "fold_constants",
+    "eliminate_common_subexpressions",
+    "eliminate_dead_code",
+    "share_weights",
+)
+"""How every lowering for the CPU ends, of decoders and encoders."""
+
 TARGETS = {
     "cpu": Target(
         name="cpu",
@@ -81,24 +92,12 @@ TARGETS = {
             "lower_attention",
             "lower_embedding",
             "lower_experts",
-            "share_activation_quantization",
-            "lower_linear",
-            "inline_composites",
-            "fold_constants",
-            "eliminate_common_subexpressions",
-            "eliminate_dead_code",
-            "share_weights",
+            *_TO_KERNELS,
         ),
         encoder_passes=(
             "fuse_self_attention",
             "lower_embedding",
-            "share_activation_quantization",
-            "lower_linear",
-            "inline_composites",
-            "fold_constants",
-            "eliminate_common_subexpressions",
-            "eliminate_dead_code",
-            "share_weights",
+            *_TO_KERNELS,
         ),
     ),
 }
