@@ -1,10 +1,11 @@
 """The programs that load what llmopt writes."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from llmopt.benchmarks.peer import TORCH, Peer
-from llmopt.benchmarks.quantizers.peers import GPTQMODEL
+from llmopt.benchmarks.quantizers.peers import PEERS
 
 __all__ = ["HERE", "LOADERS", "SENTENCE_TRANSFORMERS"]
 
@@ -25,13 +26,7 @@ LOADERS: Mapping[str, Peer] = {
         ("numpy==2.4.6", "llama-cpp-python==0.3.36"),
         environment={"CMAKE_ARGS": _NO_AMX, "CMAKE_BUILD_PARALLEL_LEVEL": "2"},
     ),
-    "gptqmodel": Peer(
-        "GPTQModel 7.7.0",
-        _FOLDER / "run_gptqmodel.py",
-        GPTQMODEL,
-        alone=("gptqmodel==7.7.0",),
-        environment={"GPTQMODEL_CPU_WORKERS": "2"},
-    ),
+    "gptqmodel": replace(PEERS["gptqmodel"], script=_FOLDER / "run_gptqmodel.py"),
 }
 
 SENTENCE_TRANSFORMERS = Peer(

@@ -7,11 +7,11 @@ from typing import Any
 from llmopt.benchmarks.child import Finished
 from llmopt.benchmarks.peer import TORCH, Peer, installed, run_script
 
-__all__ = ["GPTQMODEL", "PEERS", "make_environment", "run_peer"]
+__all__ = ["PEERS", "make_environment", "run_peer"]
 
 _HERE = Path(__file__).parent
 
-GPTQMODEL = (
+_GPTQMODEL = (
     TORCH,
     "accelerate==1.15.0",
     "datasets==5.1.0",
@@ -40,7 +40,7 @@ PEERS: Mapping[str, Peer] = {
     "gptqmodel": Peer(
         "GPTQModel 7.7.0",
         _HERE / "run_gptqmodel.py",
-        GPTQMODEL,
+        _GPTQMODEL,
         alone=("gptqmodel==7.7.0",),
         environment={"GPTQMODEL_CPU_WORKERS": "2"},  # on two cores it starts one and then asks for two
     ),
