@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import contextlib
-import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -13,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from llmopt.runtime.encoder import Encoded, Encoder
+from llmopt.runtime.server.background import LoadedInBackground
 from llmopt.runtime.server.errors import ApiError
 from llmopt.runtime.server.models import check_model
 from llmopt.runtime.server.protocol import EmbeddingBody, parse
@@ -24,22 +24,13 @@ MAX_WAITING = 4096
 """Texts of all requests that wait or run; beyond it, requests are refused."""
 
 
-class EmbeddingService:
-    """One encoder, loaded in the background, that makes the vectors of one request after the other.
-
-    Args:
-        load: Opens the build; called in a thread.
-        model_name: What clients call the model.
-        on_failure: Called in the event loop when the build cannot be opened.
-    """
+class EmbeddingService(LoadedInBackground[Encoder]):
+    """One encoder, loaded in the background, that makes the vectors of one request after the other."""
 
     def __init__(
         self, load: Callable[[], Encoder], *, model_name: str, on_failure: Callable[[], None] = lambda: None
     ) -> None:
-        self.model_name = model_name
-        self.failure: BaseException | None = None
-        self._load = load
-        self._on_failure = on_failure
+        super().__init__(load, model_name=model_name, on_failure=on_failure)
         self._encoder: Encoder | None = None
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="llmopt-encoder")
         self._waiting = 0
@@ -67,29 +58,19 @@ class EmbeddingService:
         Raises:
             ApiError: 503 and why not.
         """
-        if self.failure is not None:
-            raise ApiError(503, f"the model cannot be loaded: {self.failure}", code="failed")
-        if self._encoder is None:
-            raise ApiError(503, "the model is loading", code="loading")
+        self._check_loaded(is_loaded=self._encoder is not None)
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Load in the background; at the end wait for the request that is being answered."""
-        loop = asyncio.get_running_loop()
-        # A daemon thread: an interrupted start must not wait for the load to finish.
-        threading.Thread(target=self._open, args=(loop,), name="llmopt-load", daemon=True).start()
+        self._start_loading()
         try:
             yield
         finally:
             await asyncio.to_thread(self._worker.shutdown, cancel_futures=True)
 
-    def _open(self, loop: asyncio.AbstractEventLoop) -> None:
-        try:
-            self._encoder = self._load()
-        except BaseException as error:  # noqa: BLE001 - raised again by whoever started the server
-            self.failure = error
-            with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
-                loop.call_soon_threadsafe(self._on_failure)
+    def _loaded(self, loaded: Encoder, loop: asyncio.AbstractEventLoop) -> None:  # noqa: ARG002 - it delivers nothing
+        self._encoder = loaded
 
     async def encode(self, texts: Sequence[str | Sequence[int]], prompt: str | None) -> Encoded:
         """The vectors of some texts, when the requests before have theirs.

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import logging
-import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import NamedTuple, TypeAlias
 
@@ -13,6 +12,7 @@ from llmopt.optimizer.manifest import Manifest
 from llmopt.runtime.build import Build
 from llmopt.runtime.engine import Engine, EngineClosedError, deliver_here
 from llmopt.runtime.request import Event, Request
+from llmopt.runtime.server.background import LoadedInBackground
 from llmopt.runtime.server.errors import ApiError
 
 __all__ = ["Description", "Receiver", "Service"]
@@ -42,22 +42,13 @@ class Description(NamedTuple):
     manifest: Manifest
 
 
-class Service:
-    """One build, loaded in the background and served by one engine.
-
-    Args:
-        load: Opens the build; called in a thread.
-        model_name: What clients call the model.
-        on_failure: Called in the event loop when the build cannot be opened.
-    """
+class Service(LoadedInBackground[Build]):
+    """One build, loaded in the background and served by one engine."""
 
     def __init__(
         self, load: Callable[[], Build], *, model_name: str, on_failure: Callable[[], None] = lambda: None
     ) -> None:
-        self.model_name = model_name
-        self.failure: BaseException | None = None
-        self._load = load
-        self._on_failure = on_failure
+        super().__init__(load, model_name=model_name, on_failure=on_failure)
         self._build: Build | None = None
         self._engine: Engine | None = None
         self._unfinished = 0
@@ -90,10 +81,8 @@ class Service:
         Raises:
             ApiError: 503 and why not.
         """
-        if self.failure is not None:
-            raise ApiError(503, f"the model cannot be loaded: {self.failure}", code="failed")
-        if self._engine is None:
-            raise ApiError(503, "the model is loading", code="loading")
+        self._check_loaded(is_loaded=self._engine is not None)
+        assert self._engine is not None
         if not self._engine.is_alive:
             raise ApiError(503, "the engine has stopped", code="dead")
         if self._engine.seconds_in_step > STUCK_AFTER:
@@ -102,30 +91,20 @@ class Service:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Load in the background, and stop the engine at the end."""
-        loop = asyncio.get_running_loop()
-        # A daemon thread and not the loop's executor: an interrupted start must not wait for the load to finish.
-        threading.Thread(target=self._open, args=(loop,), name="llmopt-load", daemon=True).start()
+        self._start_loading()
         try:
             yield
         finally:
             if self._engine is not None:
                 await asyncio.to_thread(self._engine.stop)
 
-    def _open(self, loop: asyncio.AbstractEventLoop) -> None:
-        try:
-            build = self._load()
-        except BaseException as error:  # noqa: BLE001 - raised again by whoever started the server
-            self.failure = error
-            with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
-                loop.call_soon_threadsafe(self._on_failure)
-            return
-
+    def _loaded(self, loaded: Build, loop: asyncio.AbstractEventLoop) -> None:
         def deliver(events: Sequence[Event]) -> None:
             loop.call_soon_threadsafe(deliver_here, events)
 
-        engine = Engine(build.backend, deliver=deliver)
+        engine = Engine(loaded.backend, deliver=deliver)
         engine.start()
-        self._build, self._engine = build, engine
+        self._build, self._engine = loaded, engine
 
     def check_room(self, count: int) -> None:
         """Refuse ``count`` more sequences when too many are unfinished.
