@@ -4,6 +4,7 @@ Past and present of a layer are the same memory, so a step writes only the new t
 the pool by pointer; a decode call binds the slots ``0 .. n-1``, which lie one behind the other. Neither copies.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from llmopt.optimizer.instructions import VNNI, host_instructions
 from llmopt.optimizer.manifest import Engine, TensorInfo
 from llmopt.runtime.backends.base import ExecutionError, FloatArray, IntArray
 
-__all__ = ["OnnxRuntimeBackend", "check_features", "open_backend", "open_session", "ort_errors"]
+__all__ = ["OnnxRuntimeBackend", "check_features", "missing_tokens", "open_backend", "open_session", "ort_errors"]
 
 _KNOWN_FEATURES = frozenset({"int8_kv", VNNI})
 _IDS, _LENGTHS, _ROWS, _LOGITS = "input_ids", "past_lengths", "logit_rows", "logits"
@@ -141,11 +142,13 @@ class OnnxRuntimeBackend:
         self._lengths = np.zeros(slots, np.int64)
         self._rows = np.arange(slots, dtype=np.int64)
         self._logits = _aligned_zeros((slots, engine.vocab_size), np.dtype(np.float32))
+        self._query_block = _query_block(engine.head_dim)
         self._prefill_bindings: dict[int, Any] = {}
         self._decode_bindings: dict[int, Any] = {}
 
     def prefill(self, slot: int, ids: IntArray, start: int, rows: IntArray) -> FloatArray:
         """See ``Backend.prefill``."""
+        ids = self._padded(ids, start)
         binding = self._prefill_bindings.get(slot)
         if binding is None:
             binding = self._prefill_bindings[slot] = self._bind_cache(slot, 1)
@@ -181,6 +184,16 @@ class OnnxRuntimeBackend:
     def drop(self, slot: int) -> None:
         """See ``Backend.drop``. Nothing to do: what is not said to be held is never read."""
 
+    def _padded(self, ids: IntArray, start: int) -> IntArray:
+        """The chunk, with tokens behind it that are overwritten later, so that no block of queries has one row only.
+
+        GroupQueryAttention computes queries in blocks; a block of one row takes another path, whose sums differ in the
+        last bits. Nobody reads the keys and values of what is added: the next call writes over them.
+        """
+        missing = missing_tokens(len(ids), self._query_block)
+        missing = min(missing, self.capacity - start - len(ids))
+        return np.pad(ids, (0, missing), mode="edge") if missing > 0 else ids
+
     def _run(self, binding: Any) -> None:
         try:
             self._session.run_with_iobinding(binding)
@@ -205,6 +218,24 @@ class OnnxRuntimeBackend:
         logits = self._logits[:count]
         binding.bind_output(_LOGITS, "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
         return binding
+
+
+def _query_block(head_dim: int) -> int:
+    """Rows of a block of queries in ONNX Runtime's attention on the CPU: they follow from the size of the L2 cache."""
+    try:
+        cache = os.sysconf("SC_LEVEL2_CACHE_SIZE")
+    except (OSError, ValueError):  # the name is glibc's
+        cache = 0
+    keys = (cache or 1 << 20) // (16 * 2 * head_dim)
+    return max(min(keys, 2 * head_dim), 2)
+
+
+def missing_tokens(tokens: int, block: int) -> int:
+    """How many tokens to add so that no block has one row, whether it has ``block`` rows or any other even number."""
+    missing = tokens % 2
+    while (tokens + missing) % block == 1:
+        missing += 2
+    return missing
 
 
 def _bind_input(binding: Any, name: str, values: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
