@@ -65,6 +65,9 @@ class Engine(_Entry):
     capacity: int = Field(description="The longest sequence, in tokens: the slot size may be anything up to it.")
     max_chunk: int = Field(description="Most tokens in one prefill call.")
     min_chunk: int = Field(description="Fewest tokens in a prefill call that keep results bit-exact.")
+    batch_invariant: bool = Field(
+        True, description="Whether a row's results are the same bits whatever else is in its batch."
+    )
     features: list[str] = []
 
 

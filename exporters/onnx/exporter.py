@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 import onnx_ir as ir
 from pydantic import Field
 
+from llmopt.exporters.onnx.batch_invariance import batch_dependent
 from llmopt.exporters.onnx.encoder_engine import export_encoder
 from llmopt.exporters.onnx.engine_files import save_graph, tensor_info, vnni_feature
 from llmopt.exporters.onnx.genai import with_genai_interface, write_genai_files
@@ -182,6 +183,7 @@ class Onnx(Exporter):
             capacity=capacity,
             max_chunk=min(_MAX_CHUNK, capacity),
             min_chunk=2,
+            batch_invariant=not batch_dependent(graph),
             features=[*([] if model.cache_scales(0) is None else ["int8_kv"]), *vnni_feature(model)],
         )
 

@@ -1,24 +1,18 @@
 """Packs a DequantizeLinear weight for ONNX Runtime's block-quantized kernels."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from llmopt.optimizer.instructions import Instructions, host_instructions
+from llmopt.optimizer.instructions import LARGEST_BLOCK, host_instructions
 from llmopt.optimizer.lazy_tensor import bits_of, lazy_tensor
 from llmopt.passes.graph._rules import attribute
 
 __all__ = ["BlockWeight", "block_size", "block_weight", "matmul_nbits", "pack_bits"]
 
 _BITS = {ir.DataType.INT8: 8, ir.DataType.INT4: 4}
-_MAX_BLOCK: Mapping[Instructions, Mapping[int, int]] = {
-    "vnni": {8: 64, 4: 32, 2: 64},
-    "avx2": {8: 64, 4: 16, 2: 32},
-}
-"""Larger blocks compute rows in pairs and an odd last row differently: results would depend on the batch."""
 _MIN_BLOCK = {8: 16, 4: 16, 2: 32}
 """Blocks of 16 with 2 bits have a kernel that is slow and computes one row otherwise than several."""
 
@@ -44,7 +38,7 @@ class BlockWeight:
 
 def block_size(group: int, bits: int) -> int | None:
     """The largest block that divides ``group``, keeps results independent of the batch, and has a kernel."""
-    largest = _MAX_BLOCK[host_instructions()][bits]
+    largest = LARGEST_BLOCK[host_instructions()][bits]
     fitting = (block for block in (64, 32, 16) if _MIN_BLOCK[bits] <= block <= largest)
     return next((block for block in fitting if group % block == 0), None)
 
