@@ -17,6 +17,8 @@ from llmopt.runtime.backends.base import FloatArray, IntArray
 __all__ = ["Row", "Sampling", "TokenLogprob", "sample", "score"]
 
 _BLOCK = 64
+_FEW = 512
+"""Weights that are sorted rather than parted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,13 +86,16 @@ class Row:
         self.generator = np.random.Generator(np.random.Philox(sampling.seed))
         self.blocked: IntArray = np.empty(0, np.int64)
         """Tokens that may not be chosen now."""
+        self.allowed: npt.NDArray[np.bool_] | None = None
+        """Tokens that may be chosen now, bool ``[vocab]``; None is all of them."""
         self._bias_tokens = np.fromiter(sampling.logit_bias, np.int64, len(sampling.logit_bias))
         self._bias_values = np.fromiter(sampling.logit_bias.values(), np.float32, len(sampling.logit_bias))
 
     @property
     def changes_logits(self) -> bool:
         """Whether the row's logits are not taken as they are."""
-        return self.sampling.is_penalized or len(self._bias_tokens) > 0 or len(self.blocked) > 0
+        is_limited = self.allowed is not None or len(self.blocked) > 0
+        return is_limited or self.sampling.is_penalized or len(self._bias_tokens) > 0
 
     def change(self, logits: FloatArray) -> None:
         """Apply penalties, bias and blocks to the row's logits, float32 ``[vocab]``, in place."""
@@ -104,6 +109,8 @@ class Row:
             logits[tokens] -= (options.presence_penalty + options.frequency_penalty * counts).astype(np.float32)
         logits[self._bias_tokens] += self._bias_values
         logits[self.blocked] = -np.inf
+        if self.allowed is not None:
+            logits[~self.allowed] = -np.inf
 
 
 def sample(logits: FloatArray, rows: Sequence[Row]) -> tuple[IntArray, list[TokenLogprob | None]]:
@@ -201,7 +208,9 @@ def _draw(logits: FloatArray, rows: Sequence[Row]) -> IntArray:
         rows: None of them greedy.
     """
     temperature = np.array([row.sampling.temperature for row in rows], np.float32)
-    weights = np.exp((logits - logits.max(axis=1, keepdims=True)) / temperature[:, None])
+    weights = logits - logits.max(axis=1, keepdims=True)
+    weights /= temperature[:, None]
+    np.exp(weights, out=weights)
     return np.array([_draw_one(row_weights, row) for row_weights, row in zip(weights, rows, strict=True)])
 
 
@@ -220,13 +229,42 @@ def _draw_one(weights: FloatArray, row: Row) -> int:
     weights = weights[tokens]
     if options.top_p == 1:
         return int(tokens[_invert(np.cumsum(weights, dtype=np.float64), uniform)])
+    nucleus = _nucleus(weights, options.top_p)
+    return int(tokens[nucleus[_invert(np.cumsum(weights[nucleus], dtype=np.float64), uniform)]])
+
+
+def _nucleus(weights: FloatArray, share: float) -> IntArray:
+    """The fewest largest weights that hold ``share`` of the sum; of equal ones, those that come first.
+
+    Weights are parted at their mean, and the part that the share is reached in is parted again, until few are left to
+    sort: a flat distribution over 50,000 tokens costs a tenth of sorting it.
+
+    Args:
+        weights: float32 ``[tokens]``, none below 0.
+        share: Above 0, at most 1.
+
+    Returns:
+        int64, their places in ascending order.
+    """
     total = weights.sum(dtype=np.float64)
-    # All tokens below this weight hold less than 1 - top_p together: only the rest needs sorting.
-    heavy = np.flatnonzero(weights >= (1 - options.top_p) * total / len(weights))
-    order = heavy[np.argsort(-weights[heavy], kind="stable")]
-    cumulative = np.cumsum(weights[order], dtype=np.float64)
-    nucleus = int(np.searchsorted(cumulative, options.top_p * total)) + 1
-    return int(tokens[order[_invert(cumulative[:nucleus], uniform)]])
+    # All weights below this hold less than 1 - share together.
+    unsure = np.flatnonzero(weights >= (1 - share) * total / len(weights))
+    is_inside, held = np.zeros(len(weights), np.bool_), 0.0
+    while len(unsure) > _FEW:
+        values = weights[unsure]
+        is_above = values > values.mean()
+        above = unsure[is_above]
+        if not len(above):  # they are all the same
+            break
+        mass = weights[above].sum(dtype=np.float64)
+        if held + mass >= share * total:
+            unsure = above
+        else:
+            is_inside[above], held, unsure = True, held + mass, unsure[~is_above]
+    order = unsure[np.argsort(-weights[unsure], kind="stable")]
+    sums = held + np.cumsum(weights[order], dtype=np.float64)
+    is_inside[order[: int(np.searchsorted(sums, share * total)) + 1]] = True
+    return np.flatnonzero(is_inside)
 
 
 def _kth_largest(weights: FloatArray, k: int) -> float:

@@ -35,8 +35,7 @@ def naive(logits, sampling, prompt, output, uniform, blocked=()):
             if held >= sampling.top_p * total:
                 break
         kept = nucleus
-    else:
-        kept = sorted(kept)
+    kept = sorted(kept)
     target, held = uniform * sum(weights[i] for i in kept), 0.0
     for i in kept:
         held += weights[i]
