@@ -5,26 +5,23 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from llmopt.optimizer.errors import InputError, RejectedError
 from llmopt.optimizer.manifest import MANIFEST_NAME, Engine, Manifest, sha256_of
 from llmopt.optimizer.tokenizer_config import read_object
 from llmopt.runtime.backends.base import Backend
+from llmopt.runtime.grammar import Grammars
+from llmopt.runtime.sizing import Sizes, choose_sizes
 from llmopt.runtime.text import Tokenizer
 
 __all__ = [
     "DEFAULT_CONTEXT",
-    "DEFAULT_SLOTS",
     "Build",
     "default_threads",
     "holds_encoder",
     "open_build",
-    "pool_bytes",
     "refuse_rejected",
 ]
 
-DEFAULT_SLOTS = 8
 DEFAULT_CONTEXT = 2048
 
 logger = logging.getLogger(__name__)
@@ -40,6 +37,8 @@ class Build:
         backend: Its engine, loaded.
         tokenizer: Its tokenizer.
         fingerprint: The first digits of the manifest's sha256: equal for equal builds.
+        sizes: Of its slot pool.
+        grammars: What compiles constraints for its tokenizer.
     """
 
     directory: Path
@@ -47,12 +46,16 @@ class Build:
     backend: Backend
     tokenizer: Tokenizer
     fingerprint: str
+    sizes: Sizes
+    grammars: Grammars
 
 
 def open_build(
     directory: Path,
     *,
-    slots: int = DEFAULT_SLOTS,
+    slots: int | None = None,
+    kept_slots: int | None = None,
+    memory: int | None = None,
     context: int | None = None,
     threads: int | None = None,
     verify: bool = False,
@@ -62,7 +65,9 @@ def open_build(
 
     Args:
         directory: The build.
-        slots: Requests that run at the same time.
+        slots: Requests that run at the same time; 16, or as many as fit, when omitted.
+        kept_slots: Further slots, whose contents prompts may begin with; as many again, or as fit, when omitted.
+        memory: Bytes that keys and values may take; half of what is free when omitted.
         context: Tokens per request, prompt and answer together; the engine's capacity, at most 2048, when omitted.
         threads: Of one run; the cores this process may use when omitted.
         verify: Whether to compare every file's digest; sizes are always compared.
@@ -74,6 +79,7 @@ def open_build(
         VerificationError: A file is not what the manifest says.
         MissingExtraError: What executes the engine is not installed.
         UnsupportedError: The engine cannot be executed here.
+        ResourceError: The slots do not fit in memory.
     """
     manifest = Manifest.load(directory, verify=verify)
     if manifest.verdict.status == "rejected":
@@ -83,22 +89,17 @@ def open_build(
     tokenizer = Tokenizer(directory)
     # A checkpoint may name an end token its vocabulary lacks; no row of logits has a place for it.
     tokenizer.stop_ids = frozenset(token for token in tokenizer.stop_ids if token < engine.vocab_size)
-    backend = _open_backend(directory, engine, slots, capacity, threads or default_threads())
-    megabytes = pool_bytes(engine, slots, capacity) / 1e6
-    logger.info("%d slots of %d tokens: a pool of at most %.0f MB", slots, capacity, megabytes)
+    sizes = choose_sizes(engine, capacity=capacity, running=slots, kept=kept_slots, memory=memory)
+    backend = _open_backend(directory, engine, sizes.slots, capacity, threads or default_threads())
+    logger.info("%s", sizes)
     fingerprint = "fp_" + sha256_of(directory / MANIFEST_NAME)[:16]
-    return Build(directory, manifest, backend, tokenizer, fingerprint)
+    grammars = Grammars(tokenizer, engine.vocab_size)
+    return Build(directory, manifest, backend, tokenizer, fingerprint, sizes, grammars)
 
 
 def default_threads() -> int:
     """The number of cores this process may use."""
     return len(os.sched_getaffinity(0))
-
-
-def pool_bytes(engine: Engine, slots: int, capacity: int) -> int:
-    """Bytes of a slot pool when all its slots are full: keys and values of every layer."""
-    per_token = 2 * engine.num_layers * engine.kv_heads * engine.head_dim * np.dtype(engine.kv_dtype).itemsize
-    return slots * capacity * per_token
 
 
 def holds_encoder(directory: Path) -> bool:

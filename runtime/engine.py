@@ -1,41 +1,59 @@
-"""The loop that serves all requests: one step writes prompt chunks, decodes every running request once, and samples.
+"""The thread that serves all requests, a step at a time.
 
-One thread owns the backend and all requests in it; others only put messages in its inbox. Each step reports everything
-it did at once.
+It owns the backend and all requests in it; others only put messages in its inbox. Each step reports everything it did
+at once.
 """
 
 import logging
+import math
 import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-import numpy as np
-
-from llmopt.runtime.backends.base import Backend, ExecutionError, FloatArray
+from llmopt.optimizer.errors import LlmoptError
+from llmopt.runtime.backends.base import Backend
+from llmopt.runtime.policy import Policy
 from llmopt.runtime.request import Event, FinishReason, Request
-from llmopt.runtime.sampler import sample, score
-from llmopt.runtime.scheduler import Chunk, Scheduler, Step
+from llmopt.runtime.runner import Runner, deliver_here
+from llmopt.runtime.statistics import Statistics
 
-__all__ = ["Engine", "EngineClosedError", "deliver_here"]
+__all__ = ["Engine", "EngineClosedError", "QueueFullError", "QueueLimits"]
 
 logger = logging.getLogger(__name__)
-
-# Scoring a prompt needs the logits of every row of a chunk; 64 rows of 50,000 float32 are 12 MB.
-_SCORING_CHUNK = 64
 
 _Message: TypeAlias = Literal["add", "cancel", "stop"]
 
 
-def deliver_here(events: Sequence[Event]) -> None:
-    """Hand each event to its request, in the engine's own thread."""
-    for event in events:
-        event.request.receive(event)
-
-
 class EngineClosedError(RuntimeError):
     """The engine has stopped and takes no more requests."""
+
+
+class QueueFullError(LlmoptError):
+    """Too much is unfinished.
+
+    Attributes:
+        retry_after: About when there is room again, in whole seconds.
+    """
+
+    def __init__(self, message: str, *, retry_after: int) -> None:
+        super().__init__(message, hint=f"try again in {retry_after} s")
+        self.retry_after = retry_after
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueueLimits:
+    """How much may be unfinished, waiting or running.
+
+    Attributes:
+        requests: Sequences.
+        tokens: Of their prompts and longest answers together.
+    """
+
+    requests: int = 1024
+    tokens: int = 4_000_000
 
 
 class Engine:
@@ -43,23 +61,31 @@ class Engine:
 
     Args:
         backend: Used by the engine's thread alone from here on.
-        deliver: Called once per step with all its events, in the engine's thread.
+        policy: How to run.
+        limits: How much may be unfinished.
+        deliver: Called with the events of a step, once or twice in it, in the engine's thread.
     """
 
-    def __init__(self, backend: Backend, *, deliver: Callable[[Sequence[Event]], None] = deliver_here) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        policy: Policy | None = None,
+        limits: QueueLimits | None = None,
+        deliver: Callable[[Sequence[Event]], None] = deliver_here,
+    ) -> None:
         self.backend = backend
+        self.policy = policy or Policy()
+        self._limits = limits or QueueLimits()
         self._deliver = deliver
-        described = backend.engine
-        self._scheduler: Scheduler[Request] = Scheduler(
-            slots=backend.slots, max_chunk=described.max_chunk, min_chunk=described.min_chunk
-        )
+        self._runner = Runner(backend, self.policy, deliver=self._settle)
         self._inbox: queue.SimpleQueue[tuple[_Message, Request | None]] = queue.SimpleQueue()
-        self._requests: set[Request] = set()
-        self._events: list[Event] = []
         self._step_began: float | None = None
         self._is_stopping = False
         self._is_closed = False
-        self._closing = threading.Lock()
+        self._books = threading.Lock()
+        self._unfinished: set[Request] = set()
+        self._unfinished_tokens = 0
         self._thread = threading.Thread(target=self._loop, name="llmopt-engine", daemon=True)
 
     def start(self) -> None:
@@ -83,17 +109,35 @@ class Engine:
         began = self._step_began
         return 0.0 if began is None else time.monotonic() - began
 
+    @property
+    def statistics(self) -> Statistics:
+        """What was done so far; to be read."""
+        return self._runner.statistics
+
+    def check_room(self, requests: Sequence[Request]) -> None:
+        """Refuse requests when too much is unfinished; any thread may call this.
+
+        Raises:
+            QueueFullError: With the time after which it is worth another try.
+        """
+        with self._books:
+            self._check_room(len(requests), sum(request.size for request in requests))
+
     def submit(self, request: Request) -> None:
         """Queue a request; any thread may call this.
 
         Raises:
-            ContextLengthError: It can never run.
+            InputError: It can never run.
             EngineClosedError: The engine has stopped.
+            QueueFullError: Too much is unfinished.
         """
-        request.check(self.backend.capacity)
-        with self._closing:
+        request.check(self.backend.capacity, self.backend.engine.vocab_size)
+        with self._books:
             if self._is_closed:
                 raise EngineClosedError("the engine has stopped")
+            self._check_room(1, request.size)
+            self._unfinished.add(request)
+            self._unfinished_tokens += request.size
             self._inbox.put(("add", request))
 
     def cancel(self, request: Request) -> None:
@@ -108,18 +152,36 @@ class Engine:
         """
         while not self._inbox.empty():
             self._obey(*self._inbox.get())
-        if self._scheduler.has_work:
-            step = self._scheduler.plan()
-            for chunk in step.chunks:
-                self._prefill(chunk)
-            self._decode(step)
-        events, self._events = self._events, []
-        for event in events:
-            if event.finish is not None:
-                self._release(event.request)
-        if events:
-            self._deliver(events)
-        return self._scheduler.has_work
+        self._runner.step()
+        return self._runner.has_work
+
+    def _check_room(self, count: int, tokens: int) -> None:
+        is_full = len(self._unfinished) + count > self._limits.requests
+        # One that is larger than the limit may run alone.
+        is_full |= bool(self._unfinished) and self._unfinished_tokens + tokens > self._limits.tokens
+        if is_full:
+            raise QueueFullError(
+                f"{len(self._unfinished)} sequences with up to {self._unfinished_tokens} tokens are waiting or running",
+                retry_after=self._seconds_until_room(),
+            )
+
+    def _seconds_until_room(self) -> int:
+        """About how long one of those that are unfinished takes, spread over those that run together."""
+        count = max(len(self._unfinished), 1)
+        prompt = sum(len(request.prompt) for request in self._unfinished) // count
+        answer = self._unfinished_tokens // count - prompt
+        together = min(self.policy.running or self.backend.slots, count)
+        return max(1, min(60, math.ceil(self._runner.pace.seconds_for(prompt, answer) / together)))
+
+    def _settle(self, events: Sequence[Event]) -> None:
+        """Cross off what has ended, and pass on what happened."""
+        ended = [event.request for event in events if event.finish is not None]
+        if ended:
+            with self._books:
+                for request in ended:
+                    self._unfinished.discard(request)
+                    self._unfinished_tokens -= request.size
+        self._deliver(events)
 
     def _loop(self) -> None:
         try:
@@ -135,7 +197,7 @@ class Engine:
 
     def _wait(self) -> bool:
         """Sleep until there is something to do; False when that is to stop."""
-        if not self._scheduler.has_work and not self._is_stopping:
+        if not self._runner.has_work and not self._is_stopping:
             self._obey(*self._inbox.get())
         return not self._is_stopping
 
@@ -143,79 +205,14 @@ class Engine:
         if request is None:
             self._is_stopping = True
         elif message == "add":
-            self._requests.add(request)
-            chunk = None if request.generation.prompt_logprobs is None else _SCORING_CHUNK
-            self._scheduler.add(request, len(request.prompt), max_chunk=chunk)
-        elif request in self._requests:
-            self._release(request)
-            self._events.append(Event(request, finish="abort"))
-
-    def _release(self, request: Request) -> None:
-        """Give back the slot of a request that has ended, and close the gap."""
-        if request not in self._requests:
-            return
-        self._requests.remove(request)
-        for copy in self._scheduler.remove(request):
-            self.backend.copy_prefix(copy.source, copy.destination, copy.length)
-        self.backend.drop(len(self._scheduler.running))
+            self._runner.add(request)
+        else:
+            self._runner.cancel(request)
 
     def _close(self, finish: FinishReason, error: str | None) -> None:
         """Take no more requests, and end those there are."""
-        with self._closing:
+        with self._books:
             self._is_closed = True
         while not self._inbox.empty():
             self._obey(*self._inbox.get())
-        self._events += [Event(request, finish=finish, error=error) for request in self._requests]
-        self._deliver(self._events)
-
-    def _prefill(self, chunk: Chunk[Request]) -> None:
-        """Write one chunk, and choose the first token where it completes the prompt."""
-        request, end = chunk.request, chunk.start + chunk.length
-        top = request.generation.prompt_logprobs
-        first = 0 if top is not None else chunk.length - 1 if chunk.completes else chunk.length
-        try:
-            logits = self.backend.prefill(
-                chunk.slot, request.prompt[chunk.start : end], chunk.start, np.arange(first, chunk.length)
-            )
-        except ExecutionError as error:
-            self._fail([request], str(error))
-            return
-        if top is not None:
-            following = request.prompt[chunk.start + 1 : end + 1]
-            request.prompt_logprobs += score(logits[: len(following)], following, top)
-        if chunk.completes and request.generation.max_tokens == 0:
-            self._events.append(Event(request, finish="length"))
-        elif chunk.completes:
-            self._choose([request], logits[-1:])
-
-    def _decode(self, step: Step[Request]) -> None:
-        """Decode the running requests once, and choose the next token of each."""
-        if not step.decoding:
-            return
-        ids = np.array([request.output[-1] for request in step.decoding], np.int64)
-        try:
-            logits = self.backend.decode(ids, np.array(step.lengths, np.int64))
-        except ExecutionError as error:
-            self._fail(step.decoding, str(error))
-            return
-        self._choose(step.decoding, logits)
-
-    def _choose(self, requests: Sequence[Request], logits: FloatArray) -> None:
-        """Sample a token for each row of ``logits``, float32 ``[requests, vocab]``."""
-        broken = np.isnan(logits.max(axis=1))
-        if broken.any():
-            self._fail(
-                [r for r, is_broken in zip(requests, broken, strict=True) if is_broken], "logits are not numbers"
-            )
-            requests = [r for r, is_broken in zip(requests, broken, strict=True) if not is_broken]
-            logits = logits[~broken]
-        for request in requests:
-            request.block_early_stops()
-        tokens, logprobs = sample(logits, [request.row for request in requests])
-        for request, token, logprob in zip(requests, tokens.tolist(), logprobs, strict=True):
-            self._events.append(request.take(token, logprob))
-
-    def _fail(self, requests: Sequence[Request], reason: str) -> None:
-        """End the requests of a run that failed; all others go on."""
-        logger.error("a run failed and ended %d request(s): %s", len(requests), reason)
-        self._events += [Event(request, finish="error", error=reason) for request in requests]
+        self._runner.close(finish, error)

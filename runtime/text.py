@@ -19,6 +19,7 @@ class Tokenizer:
     """The tokenizer files of a build.
 
     Attributes:
+        path: Of its tokenizer.json.
         special_tokens: The named special tokens, such as ``bos_token``, as the chat template sees them.
         stop_ids: Every token that ends a generation.
         chat_template: None when the build has none.
@@ -35,6 +36,7 @@ class Tokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library's errors have no class of their own
             raise InputError(f"{path} is damaged: {error}") from error
+        self.path = path
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self.special_tokens = special_tokens(directory)
@@ -45,6 +47,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Tokens with a text; a model's vocabulary may be padded beyond it."""
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def has_vocabulary_of(self, other: "Tokenizer") -> bool:
+        """Whether all tokens of both mean the same."""
+        mine, theirs = (each._tokenizer.get_vocab(with_added_tokens=True) for each in (self, other))
+        return mine == theirs
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids of ``text``, with the special tokens around it that the tokenizer adds by itself, or without."""

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from llmopt.runtime.conversation import Speaker
-    from llmopt.runtime.sampler import Sampling
+    from llmopt.runtime.llm import LLM, Options
 
 __all__ = ["command"]
 
@@ -37,14 +36,12 @@ def command(
     force: bool,
 ) -> None:
     """Talk to BUILD in the terminal, or ask it one question with --prompt."""
-    from llmopt.runtime.build import open_build
-    from llmopt.runtime.conversation import speaking
+    from llmopt.runtime.llm import LLM, Options
     from llmopt.runtime.sampler import Sampling
 
-    sampling = Sampling(temperature=temperature, seed=seed)
-    opened = open_build(build, slots=1, context=context, threads=threads, force=force)
-    with speaking(opened) as speaker:
-        talk = _Talk(speaker, sampling, max_tokens, system)
+    options = Options(max_tokens=max_tokens, yields=True, sampling=Sampling(temperature=temperature, seed=seed))
+    with LLM(build, slots=1, kept_slots=0, context=context, threads=threads, force=force) as llm:
+        talk = _Talk(llm, options, system)
         if prompt is not None:
             talk.ask(prompt)
             return
@@ -64,10 +61,9 @@ def _read_line() -> str | None:
 class _Talk:
     """A conversation: its messages so far, and the commands that change them."""
 
-    def __init__(self, speaker: "Speaker", sampling: "Sampling", max_tokens: int, system: str | None) -> None:
-        self._speaker = speaker
-        self._sampling = sampling
-        self._max_tokens = max_tokens
+    def __init__(self, llm: "LLM", options: "Options", system: str | None) -> None:
+        self._llm = llm
+        self._options = options
         self._system = system
         self._messages: list[dict[str, str]] = []
 
@@ -92,15 +88,22 @@ class _Talk:
         return True
 
     def ask(self, question: str) -> None:
-        """Print the answer as it is made, and remember both."""
+        """Print the answer as it is made, and remember both.
+
+        Raises:
+            LlmoptError: The conversation does not fit any more, or the engine failed.
+        """
+        from llmopt.optimizer.errors import LlmoptError
+
         system = [{"role": "system", "content": self._system}] if self._system is not None else []
         asked = [*self._messages, {"role": "user", "content": question}]
         pieces: list[str] = []
-        answer = self._speaker.chat(system + asked, self._sampling, max_tokens=self._max_tokens)
         try:
-            for piece in answer:
-                pieces.append(piece)
-                click.echo(piece, nl=False)
+            for piece in self._llm.stream([system + asked], self._options):
+                pieces.append(piece.text)
+                click.echo(piece.text, nl=False)
+                if piece.answer is not None and piece.answer.error is not None:
+                    raise LlmoptError(f"the engine failed: {piece.answer.error}")
         except KeyboardInterrupt:
             click.echo(" [interrupted]", nl=False, err=True)
         click.echo()

@@ -5,6 +5,8 @@ from typing import Any
 
 import click
 
+from llmopt.optimizer.cli._engine_options import choices_of, engine_options, memory_of
+
 __all__ = ["command"]
 
 
@@ -12,11 +14,18 @@ __all__ = ["command"]
 @click.argument("build", type=click.Path(path_type=Path))
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0 takes any free port.")
-@click.option("--slots", default=8, show_default=True, type=click.IntRange(1), help="Requests that run at once.")
+@engine_options
 @click.option(
-    "--context", type=click.IntRange(2), help="Tokens per request, prompt and answer. [default: the engine's, <= 2048]"
+    "--max-queue", default=1024, show_default=True, type=click.IntRange(1), help="Unfinished requests, before 429."
 )
-@click.option("--threads", type=click.IntRange(1), help="Threads of the engine. [default: all cores]")
+@click.option(
+    "--max-queue-tokens",
+    default=4_000_000,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Their tokens, prompts and longest answers, before 429.",
+)
+@click.option("--request-timeout", type=click.FloatRange(0, min_open=True), help="Seconds that a request may take.")
 @click.option("--model-name", help="What clients call the model. [default: the directory's name]")
 @click.option("--verify", is_flag=True, help="Compare every file of the build with its digest first.")
 @click.option("--force", is_flag=True, help="Serve a build that missed its gates.")
@@ -24,12 +33,13 @@ def command(
     build: Path,
     host: str,
     port: int,
-    slots: int,
-    context: int | None,
-    threads: int | None,
+    max_queue: int,
+    max_queue_tokens: int,
+    request_timeout: float | None,
     model_name: str | None,
     verify: bool,
     force: bool,
+    **options: Any,
 ) -> None:
     """Serve BUILD over HTTP with the OpenAI API until it is interrupted."""
     import logging
@@ -41,22 +51,31 @@ def command(
     try:
         from llmopt.runtime.server.serve import bind, serve
     except ModuleNotFoundError as error:
-        if error.name not in ("starlette", "uvicorn"):
+        if error.name not in ("prometheus_client", "starlette", "uvicorn"):
             raise
         raise MissingExtraError(error.name, "serve") from error
     from llmopt.runtime.build import holds_encoder, open_build
     from llmopt.runtime.encoder import Encoder
+    from llmopt.runtime.engine import QueueLimits
+    from llmopt.runtime.policy import policy_for
+    from llmopt.runtime.server.service import Conduct
 
     vectors = holds_encoder(build)
-    if vectors and context is not None:
+    if vectors and options["context"] is not None:
         raise InputError("--context is for builds that continue text", hint="an encoder's engine has its own length")
+    choices = choices_of(options)
+    conduct = Conduct(
+        policy=lambda opened: policy_for(opened, choices),
+        limits=QueueLimits(requests=max_queue, tokens=max_queue_tokens),
+        timeout=request_timeout,
+    )
 
     def load() -> Any:
         if vectors:
-            return Encoder(build, threads=threads, verify=verify, force=force)
-        return open_build(build, slots=slots, context=context, threads=threads, verify=verify, force=force)
+            return Encoder(build, threads=options["threads"], verify=verify, force=force)
+        return open_build(build, **memory_of(options), verify=verify, force=force)
 
     sock = bind(host, port)
     name = model_name or build.resolve().name
     click.echo(f"serving {name} on http://{host}:{sock.getsockname()[1]}", err=True)
-    serve(load, sock=sock, model_name=name, vectors=vectors)
+    serve(load, sock=sock, model_name=name, vectors=vectors, conduct=conduct)

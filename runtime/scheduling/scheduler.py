@@ -4,33 +4,87 @@ Pure Python over integers. The running requests lie in the slots ``0 .. n-1`` in
 last have their whole prompt written, so a decode call over the first slots never touches a request that is not ready.
 """
 
-from collections import deque
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-__all__ = ["Chunk", "Copy", "Scheduler", "Step"]
+from llmopt.runtime.backends.base import IntArray
+from llmopt.runtime.scheduling.slots import Copy, Held, SlotPool
+from llmopt.runtime.scheduling.waiting import WaitingLine
 
-T = TypeVar("T")
+__all__ = ["Chunk", "Limits", "Prompt", "Scheduler", "Step"]
+
+T = TypeVar("T", bound=Hashable)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What a scheduler has to keep to.
+
+    Attributes:
+        slots: Sequences that are in memory at the same time.
+        running: Requests that run at the same time, at most ``slots``. The other slots keep what may be shared.
+        max_chunk: Most tokens of one prefill call.
+        min_chunk: Fewest tokens of a prefill call, unless the prompt is shorter: smaller ones are not bit-exact.
+        shares: Whether prompts may begin with what other requests wrote.
+    """
+
+    slots: int
+    running: int
+    max_chunk: int
+    min_chunk: int
+    shares: bool = True
+
+    def __post_init__(self) -> None:
+        """Check that every prompt can be cut into chunks."""
+        if self.max_chunk < self.least_budget:
+            raise ValueError(f"chunks of {self.min_chunk} to {self.max_chunk} tokens cannot make up every prompt")
+        if not 0 < self.running <= self.slots:
+            raise ValueError(f"{self.running} requests cannot run in {self.slots} slots")
+
+    @property
+    def least_budget(self) -> int:
+        """Tokens with which any prompt can go on."""
+        return 2 * self.min_chunk - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """What the scheduler has to know of a request.
+
+    Attributes:
+        ids: int64 ``[tokens]``, at least one.
+        tenant: On whose behalf.
+        priority: Lower is earlier.
+        arrival: When, in milliseconds.
+        namespace: It may begin with what requests of the same one wrote.
+        is_scored: Whether the logits of all its tokens are wanted: then nothing can be taken from others.
+        max_chunk: A smaller limit for its chunks.
+    """
+
+    ids: IntArray
+    tenant: str = ""
+    priority: int = 0
+    arrival: int = 0
+    namespace: Hashable = None
+    is_scored: bool = False
+    max_chunk: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk(Generic[T]):
-    """Tokens ``start .. start+length-1`` of a prompt, to be written to ``slot``."""
+    """Tokens ``start .. start+length-1`` of a prompt, to be written to ``slot`` after ``copies``.
+
+    ``cached`` of the tokens before it, all of them, were found in the pool; 0 but for the first chunk of a prompt.
+    """
 
     request: T
     slot: int
     start: int
     length: int
     completes: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Copy:
-    """Move a request: its first ``length`` tokens go from one slot to another."""
-
-    source: int
-    destination: int
-    length: int
+    copies: tuple[Copy, ...] = ()
+    cached: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,118 +102,157 @@ class Step(Generic[T]):
     lengths: tuple[int, ...]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Entry(Generic[T]):
     request: T
-    prompt: int
-    max_chunk: int
-    written: int = 0
+    prompt: Prompt
+    held: Held
 
     @property
     def is_ready(self) -> bool:
-        return self.written >= self.prompt
+        return self.held.length >= len(self.prompt.ids)
 
 
 class Scheduler(Generic[T]):
-    """First come, first served; decode rows join every step, and prompts share what a step may write besides.
+    """Decode rows join every step, and prompts share what a step may write besides, one after the other.
 
     Every request reserves a whole slot, so one that was admitted can never run out of room.
-
-    Args:
-        slots: Requests that run at the same time.
-        max_chunk: Most tokens of one prefill call, and of all prefill calls of a step: this bounds how long a prompt
-            can hold up the requests that are decoding.
-        min_chunk: Fewest tokens of a prefill call, unless the prompt is shorter: smaller ones are not bit-exact.
     """
 
-    def __init__(self, *, slots: int, max_chunk: int, min_chunk: int) -> None:
-        if max_chunk < 2 * min_chunk - 1:
-            raise ValueError(f"chunks of {min_chunk} to {max_chunk} tokens cannot make up every prompt")
-        self._slots = slots
-        self._max_chunk = max_chunk
-        self._min_chunk = min_chunk
-        self._waiting: deque[_Entry[T]] = deque()
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._line: WaitingLine[T] = WaitingLine()
+        self._prompts: dict[T, Prompt] = {}
         self._running: list[_Entry[T]] = []
+        self._pool = SlotPool(limits.slots, shares=limits.shares)
 
     @property
     def has_work(self) -> bool:
         """Whether any request is waiting or running."""
-        return bool(self._waiting or self._running)
+        return bool(self._prompts)
 
     @property
     def waiting(self) -> int:
         """Requests that have no slot yet."""
-        return len(self._waiting)
+        return len(self._line)
 
     @property
     def running(self) -> tuple[T, ...]:
         """The requests that have a slot, in slot order."""
         return tuple(entry.request for entry in self._running)
 
-    def add(self, request: T, prompt: int, *, max_chunk: int | None = None) -> None:
-        """Queue a request.
+    @property
+    def pool(self) -> SlotPool:
+        """The books of the slots, to be read."""
+        return self._pool
+
+    def add(self, request: T, prompt: Prompt) -> None:
+        """Queue a request, which is anything that is equal to itself alone."""
+        self._prompts[request] = prompt
+        self._line.add(request, tenant=prompt.tenant, priority=prompt.priority, arrival=prompt.arrival)
+
+    def is_waiting(self, request: T) -> bool:
+        """Whether a request that was added has no slot yet."""
+        return all(entry.request != request for entry in self._running)
+
+    def plan(self, budget: int | None = None) -> Step[T]:
+        """Admit what fits and say what this step runs. What it plans counts as written from here on.
 
         Args:
-            request: Anything that is equal to itself alone.
-            prompt: Tokens of its prompt, at least one.
-            max_chunk: A smaller limit for its chunks.
+            budget: Most tokens of all chunks together; ``max_chunk`` when omitted. Too little to go on with any prompt
+                is raised to what is enough.
         """
-        limit = self._max_chunk if max_chunk is None else min(max_chunk, self._max_chunk)
-        self._waiting.append(_Entry(request, prompt, max(limit, 2 * self._min_chunk - 1)))
-
-    def plan(self) -> Step[T]:
-        """Admit what fits and say what this step runs. What it plans counts as written from here on."""
         ready = [entry for entry in self._running if entry.is_ready]
-        lengths = tuple(entry.written for entry in ready)
-        chunks = self._plan_chunks()
+        lengths = tuple(entry.held.length for entry in ready)
+        chunks = self._plan_chunks(max(budget or self._limits.max_chunk, self._limits.least_budget))
         for entry in ready:
-            entry.written += 1
+            entry.held.length += 1
+            self._line.charge(entry.request, 1)
         return Step(tuple(chunks), tuple(entry.request for entry in ready), lengths)
 
-    def remove(self, request: T) -> list[Copy]:
+    def advance(self, request: T, tokens: int) -> None:
+        """Count ``tokens`` more as written than ``plan`` said: they were guessed, and guessed right."""
+        entry = self._running[self._position(request)]
+        entry.held.length += tokens
+        self._line.charge(request, tokens)
+
+    def remove(self, request: T, *, keep: bool = False, written: IntArray | None = None) -> tuple[Copy, ...]:
         """Forget a request, waiting or running.
 
+        Args:
+            request: The request.
+            keep: Whether others may still begin with its prompt, if that was written whole.
+            written: int64 ``[tokens]``, what they may begin with instead.
+
         Returns:
-            The copies, in this order, that close the gap it leaves.
+            The copies, in this order, that keep it and close the gap it leaves.
         """
-        slot = next((i for i, entry in enumerate(self._running) if entry.request == request), None)
-        if slot is None:
-            self._waiting = deque(entry for entry in self._waiting if entry.request != request)
-            return []
-        copies = []
+        self._line.remove(request)
+        del self._prompts[request]
+        place = next((i for i, entry in enumerate(self._running) if entry.request == request), None)
+        if place is None:
+            return ()
+        held = self._running[place].held
+        if keep and written is not None:
+            self._pool.share(held, written)
         # The last ready request fills the gap, and then one whose prompt is still being written takes its place.
+        movers, gap = [], place
         for last in (self._last_ready(), len(self._running) - 1):
-            if last > slot:
-                copies.append(Copy(last, slot, self._running[last].written))
-                self._running[slot] = self._running[last]
-                slot = last
-        del self._running[slot]
-        return copies
+            if last > gap:
+                movers.append(self._running[last])
+                self._running[gap] = self._running[last]
+                gap = last
+        del self._running[gap]
+        return self._pool.release(held, [entry.held for entry in movers], keep=keep)
+
+    def _position(self, request: T) -> int:
+        return next(i for i, entry in enumerate(self._running) if entry.request == request)
 
     def _last_ready(self) -> int:
         count = len(self._running)
         return count - 1 if count == 0 or self._running[-1].is_ready else count - 2
 
-    def _plan_chunks(self) -> list[Chunk[T]]:
+    def _plan_chunks(self, budget: int) -> list[Chunk[T]]:
         chunks: list[Chunk[T]] = []
-        budget = self._max_chunk
-        while entry := self._next_to_write():
-            length = _chunk(entry.prompt - entry.written, min(budget, entry.max_chunk), self._min_chunk)
+        while True:
+            copies: tuple[Copy, ...] = ()
+            cached = 0
+            entry = self._running[-1] if self._running and not self._running[-1].is_ready else None
+            if entry is None:
+                # Any prompt can begin with the least budget: nobody gets a slot who cannot use it in this step.
+                if budget < self._limits.least_budget or (admitted := self._admit()) is None:
+                    return chunks
+                entry, copies = admitted
+                cached = entry.held.length
+            held, total = entry.held, len(entry.prompt.ids)
+            length = _chunk(total - held.length, min(budget, self._most(entry.prompt)), self._limits.min_chunk)
             if length == 0:
-                break
-            if not self._running or self._running[-1] is not entry:
-                self._running.append(self._waiting.popleft())
-            slot, start = len(self._running) - 1, entry.written
-            entry.written += length
+                return chunks
+            start = held.length
+            held.length += length
             budget -= length
-            chunks.append(Chunk(entry.request, slot, start, length, entry.is_ready))
-        return chunks
+            self._line.charge(entry.request, length)
+            if entry.is_ready:
+                self._pool.share(held, entry.prompt.ids)
+            chunks.append(Chunk(entry.request, held.slot, start, length, entry.is_ready, copies, cached))
 
-    def _next_to_write(self) -> _Entry[T] | None:
-        """The request whose prompt is being written, else the one at the head of the queue if a slot is free."""
-        if self._running and not self._running[-1].is_ready:
-            return self._running[-1]
-        return self._waiting[0] if self._waiting and len(self._running) < self._slots else None
+    def _admit(self) -> tuple[_Entry[T], tuple[Copy, ...]] | None:
+        request = self._line.next()
+        if request is None or len(self._running) >= self._limits.running:
+            return None
+        self._line.admit(request)
+        prompt = self._prompts[request]
+        most = 0 if prompt.is_scored else len(prompt.ids) - self._limits.min_chunk
+        admission = self._pool.admit(prompt.ids, prompt.namespace, most=most)
+        entry = _Entry(request, prompt, admission.held)
+        self._running.append(entry)
+        return entry, admission.copies
+
+    def _most(self, prompt: Prompt) -> int:
+        """Tokens of one of its chunks."""
+        if prompt.max_chunk is None:
+            return self._limits.max_chunk
+        return max(min(prompt.max_chunk, self._limits.max_chunk), self._limits.least_budget)
 
 
 def _chunk(left: int, most: int, least: int) -> int:

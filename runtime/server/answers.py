@@ -67,7 +67,7 @@ def usage(requests: Sequence[Request], copies: int) -> dict[str, Any]:
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": 0},
+        "prompt_tokens_details": {"cached_tokens": sum(request.cached_tokens for request in requests[::copies])},
     }
 
 
@@ -75,6 +75,8 @@ def engine_error(event: Event) -> ApiError | None:
     """The error that an event ends its answer with, if any."""
     if event.finish == "error":
         return ApiError(500, event.error or "the engine failed")
+    if event.finish == "timeout":
+        return ApiError(504, "the request took longer than this server allows", code="timeout")
     if event.finish == "abort":
         return ApiError(503, "the request was cancelled: the server is stopping or the client is gone", code="aborted")
     return None

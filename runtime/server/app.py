@@ -10,6 +10,7 @@ from llmopt.runtime.server.chat import chat
 from llmopt.runtime.server.completions import complete
 from llmopt.runtime.server.embeddings import EmbeddingService, embed
 from llmopt.runtime.server.errors import error_handlers
+from llmopt.runtime.server.metrics import metrics
 from llmopt.runtime.server.models import health, models, one_model, version
 from llmopt.runtime.server.service import Service
 
@@ -24,6 +25,7 @@ def create_app(service: Service | EmbeddingService) -> Starlette:
         answering = [
             Route("/v1/completions", complete, methods=["POST"]),
             Route("/v1/chat/completions", chat, methods=["POST"]),
+            Route("/metrics", metrics),
         ]
 
     @asynccontextmanager

@@ -53,10 +53,8 @@ class LoadedInBackground(ABC, Generic[Loaded]):
 
     def _open(self, loop: asyncio.AbstractEventLoop) -> None:
         try:
-            loaded = self._load()
+            self._loaded(self._load(), loop)
         except BaseException as error:  # noqa: BLE001 - raised again by whoever started the server
             self.failure = error
             with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
                 loop.call_soon_threadsafe(self._on_failure)
-            return
-        self._loaded(loaded, loop)

@@ -10,6 +10,7 @@ from starlette.responses import JSONResponse, Response
 from llmopt.runtime.request import Event, Request
 from llmopt.runtime.sampler import TokenLogprob
 from llmopt.runtime.server.answers import Answer, engine_error, event_stream, finite
+from llmopt.runtime.server.constraints import compiled
 from llmopt.runtime.server.models import check_model
 from llmopt.runtime.server.prompts import completion_parts, completion_prompts, make_requests
 from llmopt.runtime.server.protocol import CompletionBody, parse
@@ -24,8 +25,10 @@ async def complete(http: HttpRequest) -> Response:
     service: Service = http.app.state.service
     body = parse(CompletionBody, await http.json())
     check_model(service, body.model)
-    requests = make_requests(body, completion_prompts(body, service.build), service.build)
-    service.check_room(len(requests))
+    grammar = await compiled(body, service)
+    prompts = completion_prompts(body, service.build)
+    requests = make_requests(body, prompts, service.build, timeout=service.timeout, grammar=grammar)
+    service.check_room(requests)
     choices = [_Choice(i, request, body, service.build.tokenizer) for i, request in enumerate(requests)]
     answer = Answer("text_completion", "cmpl", body, service)
     if body.stream:

@@ -32,14 +32,18 @@ class ApiError(Exception):
         message: What is wrong, for the caller's eyes.
         param: The request field at fault.
         code: A word that programs can act on.
+        retry_after: Seconds after which another try is worth it, told with status 429 and 503.
     """
 
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None, retry_after: int = 1
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
         self.param = param
         self.code = code
+        self.retry_after = retry_after
 
     @property
     def body(self) -> dict[str, Any]:
@@ -55,7 +59,7 @@ def error_body(status: int, message: str, *, param: str | None = None, code: str
 
 def _respond(error: ApiError) -> Response:
     # Clients of the OpenAI API try again after this many seconds; without it, all at once.
-    headers = {"Retry-After": "1"} if error.status in (429, 503) else None
+    headers = {"Retry-After": str(error.retry_after)} if error.status in (429, 503) else None
     return JSONResponse(error.body, error.status, headers)
 
 

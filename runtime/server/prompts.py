@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from llmopt.runtime.build import Build
-from llmopt.runtime.request import Event, Generation, Request
+from llmopt.runtime.grammar import Grammar
+from llmopt.runtime.request import Event, Generation, Request, Sender
 from llmopt.runtime.sampler import Sampling
 from llmopt.runtime.server.errors import ApiError
 from llmopt.runtime.server.protocol import ChatBody, CompletionBody, GenerationBody
@@ -80,14 +81,32 @@ def _content(content: str | list[dict[str, object]] | None) -> str:
     return "\n".join(texts)
 
 
-def make_requests(body: GenerationBody, prompts: Sequence[list[int]], build: Build) -> list[Request]:
+def make_requests(
+    body: GenerationBody,
+    prompts: Sequence[list[int]],
+    build: Build,
+    *,
+    timeout: float | None = None,
+    grammar: Grammar | None = None,
+) -> list[Request]:
     """``n`` requests for each prompt, checked against the model's vocabulary and context.
+
+    Args:
+        body: What was asked.
+        prompts: The token ids of each prompt.
+        build: Who answers.
+        timeout: Seconds that each may take; None is no limit.
+        grammar: What each answer has to obey.
 
     Raises:
         ApiError: 400 for a token outside of the vocabulary.
         ContextLengthError: A prompt and its answer do not fit.
     """
-    _check_tokens(body, build.backend.engine.vocab_size)
+    vocab = build.backend.engine.vocab_size
+    _check_tokens(body, vocab)
+    sender = Sender(
+        tenant=body.user or "", priority=body.priority or 0, cache_salt=body.cache_salt or "", timeout=timeout
+    )
     made = []
     for ids in prompts:
         for choice in range(body.choices):
@@ -103,8 +122,10 @@ def make_requests(body: GenerationBody, prompts: Sequence[list[int]], build: Bui
                     context=ids if isinstance(body, CompletionBody) else (),
                 ),
                 receive=_nobody,
+                sender=sender,
+                guide=None if grammar is None else grammar.copy(),
             )
-            request.check(build.backend.capacity)
+            request.check(build.backend.capacity, vocab)
             made.append(request)
     return made
 

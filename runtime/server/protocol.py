@@ -22,14 +22,10 @@ _NOT_IMPLEMENTED: Mapping[str, tuple[Any, ...]] = {
     "documents": ([],),
     "function_call": ("none",),
     "functions": ([],),
-    "guided_json": (),
-    "guided_regex": (),
     "modalities": (["text"],),
     "prediction": (),
-    "priority": (0,),
     "prompt_logprobs": (),
     "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
     "return_token_ids": (False,),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
@@ -40,8 +36,8 @@ _NOT_IMPLEMENTED: Mapping[str, tuple[Any, ...]] = {
 
 # Fields that concern the operator of a service, or nothing that an answer depends on.
 _WITHOUT_EFFECT = frozenset(
-    {"cache_salt", "metadata", "parallel_tool_calls", "prompt_cache_key", "request_id", "safety_identifier"}
-    | {"service_tier", "store", "user", "verbosity"}
+    {"metadata", "parallel_tool_calls", "prompt_cache_key", "request_id", "safety_identifier"}
+    | {"service_tier", "store", "verbosity"}
 )
 
 _MAX_LOGPROBS = 20
@@ -82,6 +78,15 @@ class GenerationBody(_Body):
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     skip_special_tokens: bool = True
+    user: str | None = None
+    priority: int | None = None
+    cache_salt: str | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 

@@ -13,7 +13,7 @@ import uvicorn
 from llmopt.optimizer.errors import InputError
 from llmopt.runtime.server.app import create_app
 from llmopt.runtime.server.embeddings import EmbeddingService
-from llmopt.runtime.server.service import Service
+from llmopt.runtime.server.service import Conduct, Service
 
 __all__ = ["Server", "bind", "serve"]
 
@@ -53,7 +53,14 @@ def bind(host: str, port: int) -> socket.socket:
         raise InputError(f"cannot listen on {host} port {port}: {error}", hint="choose another --port") from error
 
 
-def serve(load: Callable[[], Any], *, sock: socket.socket, model_name: str, vectors: bool = False) -> None:
+def serve(
+    load: Callable[[], Any],
+    *,
+    sock: socket.socket,
+    model_name: str,
+    vectors: bool = False,
+    conduct: Conduct | None = None,
+) -> None:
     """Serve until SIGINT or SIGTERM.
 
     Args:
@@ -61,12 +68,20 @@ def serve(load: Callable[[], Any], *, sock: socket.socket, model_name: str, vect
         sock: As made by ``bind``.
         model_name: What clients call the model.
         vectors: Whether texts are answered by vectors; else by text.
+        conduct: How a server of text behaves under load.
 
     Raises:
         LlmoptError: Whatever kept the build from opening.
     """
-    kind = EmbeddingService if vectors else Service
-    service = kind(load, model_name=model_name, on_failure=lambda: server.handle_exit(signal.SIGTERM, None))
+
+    def fail() -> None:
+        server.handle_exit(signal.SIGTERM, None)
+
+    service = (
+        EmbeddingService(load, model_name=model_name, on_failure=fail)
+        if vectors
+        else Service(load, model_name=model_name, on_failure=fail, conduct=conduct)
+    )
     config = uvicorn.Config(
         create_app(service), log_level="warning", access_log=False, lifespan="on", timeout_graceful_shutdown=GRACE
     )

@@ -4,23 +4,24 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
 from starlette.requests import Request as HttpRequest
 
 from llmopt.optimizer.manifest import Manifest
 from llmopt.runtime.build import Build
-from llmopt.runtime.engine import Engine, EngineClosedError, deliver_here
+from llmopt.runtime.engine import Engine, EngineClosedError, QueueFullError, QueueLimits
+from llmopt.runtime.policy import Policy, default_policy
 from llmopt.runtime.request import Event, Request
+from llmopt.runtime.runner import deliver_here
 from llmopt.runtime.server.background import LoadedInBackground
 from llmopt.runtime.server.errors import ApiError
+from llmopt.runtime.server.metrics import Metrics
 
-__all__ = ["Description", "Receiver", "Service"]
+__all__ = ["Conduct", "Description", "Receiver", "Service"]
 
 logger = logging.getLogger(__name__)
-
-MAX_UNFINISHED = 1024
-"""Sequences waiting or running before new ones are refused with 429."""
 
 STUCK_AFTER = 60.0
 """Seconds one step may take before the server calls itself unhealthy."""
@@ -42,16 +43,37 @@ class Description(NamedTuple):
     manifest: Manifest
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conduct:
+    """How a server behaves under load.
+
+    Attributes:
+        policy: Of its engine, made when the build has been opened.
+        limits: How much may be unfinished.
+        timeout: Seconds that a request may take; None is no limit.
+    """
+
+    policy: Callable[[Build], Policy] = default_policy
+    limits: QueueLimits = field(default_factory=QueueLimits)
+    timeout: float | None = None
+
+
 class Service(LoadedInBackground[Build]):
     """One build, loaded in the background and served by one engine."""
 
     def __init__(
-        self, load: Callable[[], Build], *, model_name: str, on_failure: Callable[[], None] = lambda: None
+        self,
+        load: Callable[[], Build],
+        *,
+        model_name: str,
+        on_failure: Callable[[], None] = lambda: None,
+        conduct: Conduct | None = None,
     ) -> None:
         super().__init__(load, model_name=model_name, on_failure=on_failure)
+        self._conduct = conduct or Conduct()
         self._build: Build | None = None
+        self._metrics: Metrics | None = None
         self._engine: Engine | None = None
-        self._unfinished = 0
 
     @property
     def build(self) -> Build:
@@ -100,20 +122,52 @@ class Service(LoadedInBackground[Build]):
 
     def _loaded(self, loaded: Build, loop: asyncio.AbstractEventLoop) -> None:
         def deliver(events: Sequence[Event]) -> None:
+            metrics.note(events)
             loop.call_soon_threadsafe(deliver_here, events)
 
-        engine = Engine(loaded.backend, deliver=deliver)
+        policy = self._conduct.policy(loaded)
+        engine = Engine(loaded.backend, policy=policy, limits=self._conduct.limits, deliver=deliver)
+        metrics = Metrics(engine, self.model_name, loaded.sizes.running * loaded.sizes.capacity)
         engine.start()
-        self._build, self._engine = loaded, engine
+        self._build, self._metrics, self._engine = loaded, metrics, engine
 
-    def check_room(self, count: int) -> None:
-        """Refuse ``count`` more sequences when too many are unfinished.
+    @property
+    def engine(self) -> Engine:
+        """The engine.
+
+        Raises:
+            ApiError: 503 while the build is loading.
+        """
+        if self._engine is None:
+            raise ApiError(503, "the model is loading", code="loading")
+        return self._engine
+
+    @property
+    def metrics(self) -> Metrics:
+        """The figures of the engine.
+
+        Raises:
+            ApiError: 503 while the build is loading.
+        """
+        self._check_loaded(is_loaded=self._metrics is not None)
+        assert self._metrics is not None
+        return self._metrics
+
+    @property
+    def timeout(self) -> float | None:
+        """Seconds that a request may take; None is no limit."""
+        return self._conduct.timeout
+
+    def check_room(self, requests: Sequence[Request]) -> None:
+        """Refuse requests when too much is unfinished.
 
         Raises:
             ApiError: 429.
         """
-        if self._unfinished + count > MAX_UNFINISHED:
-            raise ApiError(429, f"{self._unfinished} sequences are waiting or running", code="queue_full")
+        try:
+            self.engine.check_room(requests)
+        except QueueFullError as error:
+            raise _queue_full(error) from error
 
     async def run(self, requests: Sequence[Request], http: HttpRequest) -> AsyncGenerator[tuple[int, Event]]:
         """Submit requests and yield what happens to them, each with the request's index, until all have ended.
@@ -124,13 +178,10 @@ class Service(LoadedInBackground[Build]):
             requests: Made with ``receive`` unset; this sets it.
             http: Whose client waits for them.
         """
-        engine = self._engine
-        if engine is None:
-            raise ApiError(503, "the model is loading", code="loading")
+        engine = self.engine
         events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         left = len(requests)
         watcher = asyncio.create_task(_cancel_when_gone(http, engine, requests))
-        self._unfinished += left
         try:
             for index, request in enumerate(requests):
                 request.receive = _receiver(index, events)
@@ -138,17 +189,21 @@ class Service(LoadedInBackground[Build]):
                     engine.submit(request)
                 except EngineClosedError as error:
                     raise ApiError(503, str(error), code="dead") from error
+                except QueueFullError as error:
+                    raise _queue_full(error) from error
             while left:
                 index, event = await events.get()
                 if event.finish is not None:
                     left -= 1
-                    self._unfinished -= 1
                 yield index, event
         finally:
             watcher.cancel()
-            self._unfinished -= left
             if left:
                 _cancel(engine, requests)
+
+
+def _queue_full(error: QueueFullError) -> ApiError:
+    return ApiError(429, error.message, code="queue_full", retry_after=error.retry_after)
 
 
 def _receiver(index: int, events: "asyncio.Queue[tuple[int, Event]]") -> Receiver:

@@ -188,16 +188,18 @@ def spaced_tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.Te
     return directory
 
 
-def built(model: str, scheme: str | None, output: Path, cache: Path) -> Path:
+W8A8 = "round_to_nearest: {scheme: W8A8}"
+
+
+def built(model: str, passes: str, output: Path, cache: Path) -> Path:
     from llmopt.optimizer.build import build
     from llmopt.optimizer.progress import Silent
     from llmopt.optimizer.recipe import Recipe
 
     recipe = output.with_suffix(".yaml")
-    passes = f"passes: [round_to_nearest: {{scheme: {scheme}}}]\n" if scheme else ""
     # The gate passes always; it keeps the measuring, which is not what these tests are about, to a few tokens.
     recipe.write_text(
-        f"version: 1\nmodel: {model}\n{passes}export: [onnx: {{target: cpu}}]\nverify: none\n"
+        f"version: 1\nmodel: {model}\npasses: [{passes}]\nexport: [onnx: {{target: cpu}}]\nverify: none\n"
         "accept: [{metric: kl, max: 100, windows: 1, tokens: 8}]\nresources: {threads: 2}\n"
     )
     build(Recipe.load(recipe), output, cache=cache, progress=Silent())
@@ -207,15 +209,23 @@ def built(model: str, scheme: str | None, output: Path, cache: Path) -> Path:
 @pytest.fixture(scope="session")
 def tiny_build(tiny_llama, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny-build")
-    return built(str(tiny_llama), "W8A8", folder / "build", folder / "cache")
+    return built(str(tiny_llama), W8A8, folder / "build", folder / "cache")
 
 
 @pytest.fixture(scope="session")
 def tiny_float_build(tiny_llama, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny-float-build")
-    return built(str(tiny_llama), None, folder / "build", folder / "cache")
+    return built(str(tiny_llama), "", folder / "build", folder / "cache")
+
+
+@pytest.fixture(scope="session")
+def tiny_int4_build(tiny_llama, tmp_path_factory):
+    """Weights in 4 bits, keys and values in 8."""
+    folder = tmp_path_factory.mktemp("tiny-int4-build")
+    passes = "round_to_nearest: {scheme: W4A16, group_size: 32}, kv_cache: {}"
+    return built(str(tiny_llama), passes, folder / "build", folder / "cache")
 
 
 @pytest.fixture(scope="session")
 def smollm2_build(smollm2_spec, tmp_path_factory):
-    return built(smollm2_spec, "W8A8", tmp_path_factory.mktemp("smollm2-build") / "build", cache_root())
+    return built(smollm2_spec, W8A8, tmp_path_factory.mktemp("smollm2-build") / "build", cache_root())

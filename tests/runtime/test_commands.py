@@ -1,5 +1,6 @@
 """The commands that run a build, each in a process of its own where signals or start-up matter."""
 
+import json
 import re
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from llmopt.optimizer.cli import chat, generate, serve
+from llmopt.optimizer.errors import InputError, LlmoptError
 
 PYTHON = [sys.executable, "-c", "from llmopt.optimizer.cli.main import main; main()"]
 
@@ -121,10 +123,59 @@ def test_chat_says_what_does_not_fit_and_goes_on(tiny_build):
         chat.command, [str(tiny_build), "--threads", "1", "--context", "40"], input="x" * 200 + "\n/unknown\n/quit\n"
     )
     assert result.exit_code == 0
-    assert "no room" in result.stderr
+    assert "the context has 40 tokens" in result.stderr
     assert "/reset begins anew" in result.stderr
 
 
 @pytest.mark.parametrize("module", [serve, chat, generate])
 def test_options_out_of_range_are_usage_errors(module, tiny_build):
     assert CliRunner().invoke(module.command, [str(tiny_build), "--threads", "0"]).exit_code == 2
+
+
+def run(command, *arguments):
+    return CliRunner().invoke(command, [str(argument) for argument in arguments])
+
+
+def test_generate_answers_a_file_of_prompts_and_goes_on_where_it_ended(tiny_build, tmp_path):
+    prompts, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text("".join(f'{{"id": "{i}", "prompt": "The river {i}"}}\n' for i in range(6)))
+    arguments = (tiny_build, "--prompts", prompts, "--out", out, "--max-tokens", "5", "--threads", "1")
+    first = run(generate.command, *arguments)
+    assert (first.exit_code, first.stdout) == (0, "")
+    assert "6 of 6 prompts answered" in first.stderr
+    whole = out.read_text()
+    assert [json.loads(line)["id"] for line in whole.splitlines()] == [str(i) for i in range(6)]
+    out.write_text("".join(whole.splitlines(keepends=True)[:4]))
+    again = run(generate.command, *arguments)
+    assert "4 of 6 prompts were answered before" in again.stderr
+    assert "2 of 2 prompts answered" in again.stderr
+    assert out.read_text() == whole
+    other = run(generate.command, *arguments, "--temperature", "1")
+    assert isinstance(other.exception, InputError)
+    assert out.read_text() == whole
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--prompts", "x.jsonl"], "belong together"),
+        (["--prompts", "x.jsonl", "--out", "y", "--prompt", "z"], "give one of them"),
+        (["--prompts", "x.jsonl", "--out", "y"], "cannot be read"),
+        (["--prompt", "x", "--speculate"], "--no-exact"),
+        (["--prompt", "x", "--memory", "0.000001"], "GB of keys and values"),
+    ],
+)
+def test_generate_says_what_does_not_go_together(tiny_build, arguments, words):
+    error = run(generate.command, tiny_build, *arguments, "--threads", "1").exception
+    assert isinstance(error, LlmoptError)
+    assert words in f"{error.message} {error.hint}"
+
+
+def test_a_server_that_cannot_have_its_memory_says_what_would_fit(tiny_build):
+    options = ["--slots", "4", "--memory", "0.0001", "--port", "0"]
+    command = [*PYTHON, "serve", str(tiny_build), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 7
+    assert "4 slots of 256 tokens take" in done.stderr
+    assert "what fits: --context" in done.stderr
+    assert "Traceback" not in done.stderr

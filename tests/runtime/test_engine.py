@@ -4,11 +4,14 @@ import threading
 import numpy as np
 import pytest
 
+from llmopt.optimizer.errors import InputError
 from llmopt.runtime.backends.base import ExecutionError
 from llmopt.runtime.backends.toy import ToyBackend, toy_engine
-from llmopt.runtime.engine import Engine, EngineClosedError
-from llmopt.runtime.request import ContextLengthError, Generation, Request
+from llmopt.runtime.engine import Engine, EngineClosedError, QueueFullError, QueueLimits
+from llmopt.runtime.policy import Policy
+from llmopt.runtime.request import ContextLengthError, Generation, Request, Sender
 from llmopt.runtime.sampler import Sampling, score
+from llmopt.runtime.speculation import Speculation
 from llmopt.runtime.text import TextStream, Tokenizer
 
 VOCAB = 258
@@ -22,7 +25,7 @@ def tokenizer(byte_tokenizer):
 class Asked:
     """A request and everything that was said about it."""
 
-    def __init__(self, tokenizer, prompt, *, stop=(), **generation):
+    def __init__(self, tokenizer, prompt, *, stop=(), sender=None, guide=None, **generation):
         self.events = []
         self.done = threading.Event()
         options = {"max_tokens": 10, "sampling": Sampling(temperature=0)} | generation
@@ -31,6 +34,8 @@ class Asked:
             Generation(**options),
             text=TextStream(tokenizer, stop=stop),
             receive=self._receive,
+            sender=sender,
+            guide=guide,
         )
 
     def _receive(self, event):
@@ -273,3 +278,207 @@ def test_a_bug_ends_all_requests_and_the_engine(tokenizer):
     assert asked[0].events[-1].error == "the engine stopped: broken"
     engine.stop()
     assert not engine.is_alive
+
+
+def shared_prompt(rng):
+    beginning = [rng.randrange(3)] * rng.choice([0, 20, 30])
+    return beginning + [rng.randrange(VOCAB) for _ in range(rng.choice([1, 2, rng.randint(1, 30)]))]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_answers_do_not_depend_on_what_was_shared_or_cancelled(tokenizer, seed):
+    rng = random.Random(seed)
+    slots = rng.randint(1, 6)
+    policy = Policy(running=rng.randint(1, slots), is_exact=seed % 3 > 0, target=rng.choice([0, 1e-6]))
+
+    def one(i):
+        r = random.Random(1000 * seed + i)
+        sampling = Sampling(temperature=r.choice([0, 1.0]), seed=i)
+        sender = Sender(tenant=r.choice("ab"), priority=r.randint(-1, 1), cache_salt=r.choice(["", "", "x"]))
+        return Asked(tokenizer, shared_prompt(r), max_tokens=r.randint(1, 20), sampling=sampling, sender=sender)
+
+    together, engine, cached = [one(i) for i in range(40)], Engine(backend(slots=slots), policy=policy), 0
+    waiting, cancelled = list(together), set()
+    while waiting or engine.step():
+        for _ in range(min(len(waiting), rng.randint(0, 3))):
+            engine.submit(waiting.pop(0).request)
+        if rng.random() < 0.1:
+            gone = rng.choice(together)
+            engine.cancel(gone.request)
+            cancelled.add(gone)
+        if waiting:
+            engine.step()
+    for i, asked in enumerate(together):
+        cached += asked.request.cached_tokens
+        alone = one(i)
+        run(Engine(backend(slots=1)), alone)
+        if asked in cancelled and asked.finish == "abort":
+            assert asked.tokens == alone.tokens[: len(asked.tokens)]
+        else:
+            assert (alone.tokens, alone.text, alone.finish) == (asked.tokens, asked.text, asked.finish)
+    assert engine.statistics.cached_tokens <= cached
+    assert slots == 1 or cached > 0
+
+
+def test_a_second_turn_reads_only_what_is_new_where_answers_may_be_shared(tokenizer):
+    first = Asked(tokenizer, list(range(30)), max_tokens=8)
+    engine = Engine(backend(slots=2), policy=Policy(is_exact=False))
+    run(engine, first)
+    second = Asked(tokenizer, [*range(30), *first.tokens, 1, 2, 3, 4], max_tokens=4)
+    run(engine, second)
+    assert second.request.cached_tokens == 30 + 7  # the last token of an answer is never written
+    assert second.tokens == greedy([*range(30), *first.tokens, 1, 2, 3, 4], 4)
+
+
+def test_an_exact_second_turn_shares_the_first_prompt_alone(tokenizer):
+    first = Asked(tokenizer, list(range(30)), max_tokens=8)
+    engine = Engine(backend(slots=2))
+    run(engine, first)
+    second = Asked(tokenizer, [*range(30), *first.tokens, 1, 2, 3, 4], max_tokens=4)
+    run(engine, second)
+    assert second.request.cached_tokens == 30
+
+
+def test_a_request_ends_when_its_time_is_over(tokenizer):
+    asked = Asked(tokenizer, [1, 2], max_tokens=50, sender=Sender(timeout=0.0))
+    other = Asked(tokenizer, [1, 2], max_tokens=5)
+    engine = Engine(backend())
+    run(engine, asked, other)
+    assert (asked.finish, other.finish) == ("timeout", "length")
+    assert engine.statistics.finished == {"timeout": 1, "length": 1}
+
+
+def test_too_many_requests_or_tokens_are_refused(tokenizer):
+    engine = Engine(backend(), limits=QueueLimits(requests=2, tokens=40))
+    large = Asked(tokenizer, [1] * 30, max_tokens=50)
+    engine.submit(large.request)  # alone it may be larger than the limit
+    with pytest.raises(QueueFullError) as caught:
+        engine.submit(Asked(tokenizer, [1], max_tokens=1).request)
+    assert caught.value.retry_after >= 1
+    run(engine)
+    for _ in range(2):
+        engine.submit(Asked(tokenizer, [1], max_tokens=1).request)
+    with pytest.raises(QueueFullError, match="2 sequences"):
+        engine.submit(Asked(tokenizer, [1], max_tokens=1).request)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"), [([], "empty"), ([VOCAB], "the model has 0 .. 257"), ([-1], "the model has 0 .. 257")]
+)
+def test_prompts_that_make_no_sense_are_refused(tokenizer, prompt, words):
+    with pytest.raises(InputError, match=words):
+        Engine(backend()).submit(Asked(tokenizer, prompt).request)
+
+
+class Counting:
+    """Allows one token after the other, and is complete at the fifth."""
+
+    words = (VOCAB + 31) // 32
+
+    def __init__(self, first=40, broken_at=None):
+        self.next, self.last, self.broken_at = first, first + 5, broken_at
+
+    @property
+    def is_complete(self):
+        return self.next == self.last
+
+    def fill(self, mask):
+        if self.next == self.broken_at:
+            raise InputError("a broken guide")
+        mask[:] = 0
+        mask[self.next // 32] = np.uint32(1 << self.next % 32).astype(np.int32)
+
+    def accept(self, token):
+        assert token == self.next
+        self.next += 1
+
+
+def test_a_guided_answer_obeys_and_ends_when_it_is_complete(tokenizer):
+    guided = Asked(tokenizer, [1, 2, 3], guide=Counting(), min_tokens=8, stop_ids=frozenset({257}))
+    free = Asked(tokenizer, [1, 2, 3])
+    run(Engine(backend()), guided, free)
+    assert (guided.tokens, guided.finish) == ([40, 41, 42, 43, 44], "stop")
+    assert free.tokens == greedy([1, 2, 3], 10)
+
+
+def test_a_broken_guide_ends_its_request_alone(tokenizer):
+    guided, free = Asked(tokenizer, [1, 2, 3], guide=Counting(broken_at=42)), Asked(tokenizer, [1, 2, 3])
+    run(Engine(backend()), guided, free)
+    assert (guided.tokens, guided.finish, guided.events[-1].error) == ([40, 41], "error", "a broken guide")
+    assert free.finish == "length"
+
+
+class Knowing:
+    """Guesses what the toy will say, with a mistake now and then."""
+
+    most_sequences = 2
+
+    def __init__(self):
+        self.guesses = 0
+
+    def propose(self, ids, most):
+        self.guesses += 1
+        right = greedy(list(ids), most)
+        if self.guesses % 3 == 0:
+            right[-1] = (right[-1] + 1) % VOCAB
+        return right
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_guesses_change_nothing_but_the_number_of_steps(tokenizer, temperature):
+    def ask():
+        sampling = Sampling(temperature=temperature, seed=5, logprobs=1)
+        return [Asked(tokenizer, [1 + i] * 20, max_tokens=20, sampling=sampling) for i in range(2)]
+
+    plain, guessed = ask(), ask()
+    slow = Engine(backend())
+    run(slow, *plain)
+    policy = Policy(is_exact=False, speculation=Speculation(Knowing(), tokens=4))
+    fast = Engine(backend(), policy=policy)
+    fast._runner._policy.speculation.note_decode(1, 100.0)
+    fast._runner._policy.speculation.note_decode(2, 100.0)
+    run(fast, *guessed)
+    for one, other in zip(plain, guessed, strict=True):
+        assert one.tokens == other.tokens
+        assert [event.logprob for event in one.events] == [event.logprob for event in other.events]
+    assert fast.statistics.generated_tokens == slow.statistics.generated_tokens
+    if temperature == 0:
+        assert fast.statistics.steps < slow.statistics.steps / 2
+        assert 0 < fast.statistics.accepted_tokens < fast.statistics.drafted_tokens
+
+
+def test_guessing_needs_leave_to_depend_on_the_load():
+    with pytest.raises(InputError, match="speculation"):
+        Policy(speculation=Speculation(Knowing()))
+
+
+def test_a_first_token_is_told_before_the_others_go_on(tokenizer):
+    told = []
+    engine = Engine(
+        backend(before_run=lambda kind, slots: told.append(kind)), deliver=lambda events: told.append("told")
+    )
+    for prompt in ([1, 2], [3, 4]):
+        engine.submit(Asked(tokenizer, prompt, max_tokens=9).request)
+        engine.step()
+    assert told == ["prefill", "told", "prefill", "told", "decode", "told"]
+
+
+def test_what_shares_a_prompt_whose_run_failed_fails_too(tokenizer):
+    def broken(kind, slots):
+        if kind == "prefill" and slots.start == 0:
+            raise ExecutionError("broken")
+
+    engine = Engine(ToyBackend(toy_engine(vocab_size=VOCAB, capacity=96, max_chunk=96), slots=4, before_run=broken))
+    first, second = (Asked(tokenizer, [7] * 30 + tail) for tail in ([], [1]))
+    run(engine, first, second)
+    assert (first.finish, second.finish) == ("error", "error")
+    assert "shares" in second.events[-1].error
+
+
+def test_what_was_done_is_counted(tokenizer):
+    engine = Engine(backend(slots=2))
+    run(engine, Asked(tokenizer, [3] * 40, max_tokens=5), Asked(tokenizer, [3] * 40, max_tokens=5))
+    counted = engine.statistics
+    assert (counted.prompt_tokens, counted.cached_tokens, counted.generated_tokens) == (80, 38, 10)
+    assert (counted.running, counted.waiting, counted.held_tokens) == (0, 0, 0)
+    assert counted.step_seconds >= counted.prefill_seconds + counted.decode_seconds > 0

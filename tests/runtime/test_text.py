@@ -120,3 +120,10 @@ def test_a_token_has_its_leading_space_whatever_decoders_drop_at_the_start_of_a_
     assert [spaced.token_bytes(token) for token in (0, 1, 2, 3)] == [b"<s>", b" Hello", b" world", b"\xe6"]
     (space,) = tokenizer.encode(" ", add_special_tokens=False)
     assert (tokenizer.token_text(space), tokenizer.token_bytes(space)) == (" ", b" ")
+
+
+def test_vocabularies_are_the_same_when_all_tokens_are(byte_tokenizer, spaced_tokenizer):
+    one, other = Tokenizer(byte_tokenizer), Tokenizer(spaced_tokenizer)
+    assert one.has_vocabulary_of(Tokenizer(byte_tokenizer))
+    assert not one.has_vocabulary_of(other)
+    assert not other.has_vocabulary_of(one)

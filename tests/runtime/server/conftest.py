@@ -12,9 +12,11 @@ import pytest
 from llmopt.optimizer.manifest import Manifest, SourceEntry, Verdict
 from llmopt.runtime.backends.toy import ToyBackend, toy_engine
 from llmopt.runtime.build import Build
+from llmopt.runtime.grammar import Grammars
 from llmopt.runtime.server.app import create_app
 from llmopt.runtime.server.serve import Server, bind
 from llmopt.runtime.server.service import Service
+from llmopt.runtime.sizing import Sizes
 from llmopt.runtime.text import Tokenizer
 
 
@@ -41,14 +43,18 @@ def toy_build(directory: Path, **backend) -> Build:
         engines=[engine],
         verdict=Verdict(status="unjudged"),
     )
-    return Build(directory, manifest, ToyBackend(engine, slots=slots, **backend), Tokenizer(directory), "fp_toy")
+    sizes = Sizes(running=slots, slots=slots, capacity=engine.capacity, bytes=0)
+    backend = ToyBackend(engine, slots=slots, **backend)
+    tokenizer = Tokenizer(directory)
+    grammars = Grammars(tokenizer, engine.vocab_size)
+    return Build(directory, manifest, backend, tokenizer, "fp_toy", sizes, grammars)
 
 
 @contextmanager
-def serving(load: Callable[[], Build], *, wait: bool = True) -> Iterator[Served]:
+def serving(load: Callable[[], Build], *, wait: bool = True, **service) -> Iterator[Served]:
     import uvicorn
 
-    service = Service(load, model_name="toy")
+    service = Service(load, model_name="toy", **service)
     sock = bind("127.0.0.1", 0)
     config = uvicorn.Config(create_app(service), log_level="warning", lifespan="on", timeout_graceful_shutdown=5)
     server = Server(config)
@@ -82,11 +88,11 @@ def client(served) -> Iterator[httpx.Client]:
 def toy_server(byte_tokenizer):
     """Serves the toy for one test: options of its backend, its tokenizer, and what to do before it is loaded."""
 
-    def start(*, wait=True, before_load=lambda: None, tokenizer=byte_tokenizer, **backend):
+    def start(*, wait=True, before_load=lambda: None, tokenizer=byte_tokenizer, service=(), **backend):
         def load() -> Build:
             before_load()
             return toy_build(tokenizer, **backend)
 
-        return serving(load, wait=wait)
+        return serving(load, wait=wait, **dict(service))
 
     return start

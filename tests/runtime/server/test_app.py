@@ -7,8 +7,10 @@ import pytest
 
 from llmopt.optimizer.errors import InputError
 from llmopt.runtime.backends.base import ExecutionError
+from llmopt.runtime.engine import QueueLimits
 from llmopt.runtime.server import service as service_module
 from llmopt.runtime.server.serve import bind
+from llmopt.runtime.server.service import Conduct
 
 COMPLETION = "/v1/completions"
 CHAT = "/v1/chat/completions"
@@ -106,7 +108,7 @@ def test_a_client_that_leaves_frees_its_slots(toy_server, leave):
             leave(client, {"prompt": "x", "max_tokens": 500, "ignore_eos": True})
         answer = client.post(COMPLETION, json={"prompt": "y", "max_tokens": 2})
         assert answer.status_code == 200
-        assert served.service._unfinished == 0
+        assert served.service.engine.statistics.running == 0
 
 
 def test_a_failed_run_is_an_error_of_its_request_alone(toy_server):
@@ -157,13 +159,36 @@ def test_a_stuck_engine_is_unhealthy(toy_server, monkeypatch):
             assert other.get("/health").status_code == 200
 
 
-def test_too_many_unfinished_sequences_are_refused(toy_server, monkeypatch):
-    monkeypatch.setattr(service_module, "MAX_UNFINISHED", 3)
-    with toy_server() as served, served.client() as client:
+def test_too_many_unfinished_sequences_are_refused(toy_server):
+    conduct = Conduct(limits=QueueLimits(requests=3))
+    with toy_server(service={"conduct": conduct}) as served, served.client() as client:
         response = client.post(COMPLETION, json={"prompt": "x", "n": 4, "stream": True})
         assert response.status_code == 429
         assert response.headers["retry-after"]
         assert client.post(COMPLETION, json={"prompt": "x", "n": 3}).status_code == 200
+
+
+def test_a_request_that_takes_too_long_ends_with_a_timeout(toy_server):
+    def slow(kind, slots):
+        time.sleep(0.02)
+
+    body = {"prompt": "x", "max_tokens": 400, "ignore_eos": True}
+    conduct = Conduct(timeout=0.2)
+    with toy_server(before_run=slow, service={"conduct": conduct}) as served, served.client() as client:
+        response = client.post(COMPLETION, json=body)
+        assert (response.status_code, response.json()["error"]["type"]) == (504, "timeout_error")
+        streamed = client.post(COMPLETION, json=body | {"stream": True})
+        last = [part for part in streamed.text.split("\n\n") if part][-1]
+        assert json.loads(last[6:])["error"]["code"] == "timeout"
+
+
+def test_tokens_of_a_shared_beginning_are_reported(client):
+    body = {"prompt": "the same beginning of all that follows, ", "max_tokens": 3, "ignore_eos": True}
+    client.post(COMPLETION, json=body)
+    again = client.post(COMPLETION, json=body | {"prompt": body["prompt"] + "and something else"}).json()
+    assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == len(body["prompt"])
+    other = client.post(COMPLETION, json=body | {"cache_salt": "another"}).json()
+    assert other["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
 
 
 def test_a_server_is_unhealthy_while_it_loads(toy_server):
@@ -181,3 +206,68 @@ def test_a_server_is_unhealthy_while_it_loads(toy_server):
 def test_an_address_in_use_is_an_input_error():
     with bind("127.0.0.1", 0) as sock, pytest.raises(InputError, match="cannot listen"):
         bind("127.0.0.1", sock.getsockname()[1])
+
+
+def test_metrics_count_what_was_done(toy_server):
+    with toy_server() as served, served.client() as client:
+        for _ in range(2):
+            client.post(COMPLETION, json={"prompt": "x" * 40, "max_tokens": 3, "ignore_eos": True})
+        response = client.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain")
+    lines = dict(line.rsplit(" ", 1) for line in response.text.splitlines() if not line.startswith("#"))
+    label = '{model_name="toy"}'
+    assert float(lines[f"vllm:prompt_tokens_total{label}"]) == 80
+    assert float(lines[f"vllm:prefix_cache_hits_total{label}"]) == 38
+    assert float(lines[f"vllm:generation_tokens_total{label}"]) == 6
+    assert float(lines[f"vllm:time_to_first_token_seconds_count{label}"]) == 2
+    assert float(lines[f"vllm:inter_token_latency_seconds_count{label}"]) == 4
+    assert float(lines['vllm:request_success_total{finished_reason="length",model_name="toy"}']) == 2
+    assert float(lines[f"vllm:num_requests_running{label}"]) == 0
+
+
+def test_an_answer_obeys_a_schema(client):
+    schema = {
+        "type": "object",
+        "properties": {"a": {"enum": ["x", "yy"]}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "it", "schema": schema}}
+    body = {"messages": [{"role": "user", "content": "x"}], "response_format": form, "max_tokens": 200, "seed": 1}
+    choice = client.post(CHAT, json=body).json()["choices"][0]
+    assert choice["finish_reason"] == "stop"
+    assert json.loads(choice["message"]["content"])["a"] in ("x", "yy")
+
+
+def test_answers_of_one_request_are_guided_each_for_itself(client):
+    body = {"prompt": "x", "n": 4, "seed": 3, "max_tokens": 20, "structured_outputs": {"choice": ["left", "right"]}}
+    choices = client.post(COMPLETION, json=body).json()["choices"]
+    assert {choice["text"] for choice in choices} <= {"left", "right"}
+    assert {choice["finish_reason"] for choice in choices} == {"stop"}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("response_format", {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}, "not"),
+        ("response_format", {"type": "json_schema"}, "JSON schema"),
+        ("response_format", {"type": "xml"}, "xml"),
+        ("structured_outputs", {"regex": "(a"}, "unclosed"),
+        ("structured_outputs", {"choice": []}, "choice"),
+        ("structured_outputs", {"xpath": "//a"}, "xpath"),
+        ("guided_regex", "(a", "unclosed"),
+        ("guided_grammar", "???", "grammar"),
+    ],
+)
+def test_a_constraint_that_cannot_be_used_is_refused(client, field, value, words):
+    response = client.post(COMPLETION, json={"prompt": "x", field: value})
+    error = response.json()["error"]
+    assert (response.status_code, error["type"], error["param"]) == (400, "invalid_request_error", field)
+    assert words in error["message"]
+
+
+def test_two_constraints_at_once_are_refused(client):
+    body = {"prompt": "x", "response_format": {"type": "json_object"}, "guided_regex": "a"}
+    response = client.post(COMPLETION, json=body)
+    assert response.status_code == 400
+    assert "response_format and guided_regex" in response.json()["error"]["message"]

@@ -1,0 +1,1 @@
+"""Which request gets which slot when, and how much of its prompt is read: integers only."""
