@@ -9,8 +9,8 @@ from llmopt.optimizer.errors import InputError, RejectedError
 from llmopt.optimizer.manifest import MANIFEST_NAME, Engine, Manifest, sha256_of
 from llmopt.optimizer.tokenizer_config import read_object
 from llmopt.runtime.backends.base import Backend
-from llmopt.runtime.grammar import Grammars
 from llmopt.runtime.sizing import Sizes, choose_sizes
+from llmopt.runtime.structured.grammar import Grammars
 from llmopt.runtime.text import Tokenizer
 
 __all__ = [

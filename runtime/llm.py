@@ -12,10 +12,10 @@ import numpy as np
 from llmopt.optimizer.errors import InputError, LlmoptError
 from llmopt.runtime.build import open_build
 from llmopt.runtime.engine import Engine, QueueLimits
-from llmopt.runtime.grammar import Constraint
 from llmopt.runtime.policy import Choices, policy_for
 from llmopt.runtime.request import Event, FinishReason, Generation, Request
 from llmopt.runtime.sampler import Sampling, TokenLogprob
+from llmopt.runtime.structured.grammar import Constraint
 from llmopt.runtime.text import TextStream
 
 __all__ = ["LLM", "Answer", "Options", "Piece", "Prompt"]
@@ -142,6 +142,7 @@ class LLM:
     def close(self) -> None:
         """Stop the engine."""
         self.engine.stop()
+        self.build.grammars.close()
 
     def generate(self, prompts: Iterable[Prompt], options: Options | None = None) -> list[Answer]:
         """Answer prompts, all in one batch that is always as full as it can be.

@@ -59,14 +59,14 @@ class Sender:
 
 
 class Guide(Protocol):
-    """Says which tokens may come next: ``llmopt.runtime.grammar.Grammar`` for one."""
+    """Says which tokens may come next: ``llmopt.runtime.structured.grammar.Grammar`` for one."""
 
     words: int
     """Of a mask."""
 
     @property
     def is_complete(self) -> bool:
-        """Whether nothing more can follow."""
+        """Whether nothing more can follow: the answer ends, even before ``min_tokens``."""
 
     def fill(self, mask: npt.NDArray[np.int32]) -> None:
         """Set bit ``t % 32`` of word ``t // 32`` where token t may come next, and clear all others; any thread."""

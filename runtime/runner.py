@@ -11,7 +11,6 @@ import numpy as np
 
 from llmopt.optimizer.errors import InputError
 from llmopt.runtime.backends.base import Backend, ExecutionError, FloatArray
-from llmopt.runtime.masks import Masks
 from llmopt.runtime.policy import Policy
 from llmopt.runtime.request import Event, FinishReason, Request
 from llmopt.runtime.sampler import sample, score
@@ -20,6 +19,7 @@ from llmopt.runtime.scheduling.scheduler import Chunk, Limits, Prompt, Scheduler
 from llmopt.runtime.scheduling.slots import Copy
 from llmopt.runtime.speculation import Speculation
 from llmopt.runtime.statistics import Statistics
+from llmopt.runtime.structured.masks import Masks
 
 __all__ = ["Runner", "deliver_here"]
 

@@ -19,7 +19,6 @@ class Tokenizer:
     """The tokenizer files of a build.
 
     Attributes:
-        path: Of its tokenizer.json.
         special_tokens: The named special tokens, such as ``bos_token``, as the chat template sees them.
         stop_ids: Every token that ends a generation.
         chat_template: None when the build has none.
@@ -36,7 +35,6 @@ class Tokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library's errors have no class of their own
             raise InputError(f"{path} is damaged: {error}") from error
-        self.path = path
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self.special_tokens = special_tokens(directory)
@@ -47,6 +45,10 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Tokens with a text; a model's vocabulary may be padded beyond it."""
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def serialized(self) -> str:
+        """The content of tokenizer.json, without padding and truncation."""
+        return self._tokenizer.to_str()
 
     def has_vocabulary_of(self, other: "Tokenizer") -> bool:
         """Whether all tokens of both mean the same."""

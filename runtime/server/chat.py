@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, Response
 from llmopt.runtime.request import Event, Request
 from llmopt.runtime.sampler import TokenLogprob
 from llmopt.runtime.server.answers import Answer, engine_error, event_stream, finite
-from llmopt.runtime.server.constraints import compiled
+from llmopt.runtime.server.constraints import grammar_of
 from llmopt.runtime.server.models import check_model
 from llmopt.runtime.server.prompts import chat_prompt, make_requests
 from llmopt.runtime.server.protocol import ChatBody, parse
@@ -25,7 +25,7 @@ async def chat(http: HttpRequest) -> Response:
     service: Service = http.app.state.service
     body = parse(ChatBody, await http.json())
     check_model(service, body.model)
-    grammar = await compiled(body, service)
+    grammar = await grammar_of(body, service.build.grammars)
     prompts = [chat_prompt(body, service.build)]
     requests = make_requests(body, prompts, service.build, timeout=service.timeout, grammar=grammar)
     service.check_room(requests)

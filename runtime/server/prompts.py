@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from llmopt.runtime.build import Build
-from llmopt.runtime.grammar import Grammar
 from llmopt.runtime.request import Event, Generation, Request, Sender
 from llmopt.runtime.sampler import Sampling
 from llmopt.runtime.server.errors import ApiError
 from llmopt.runtime.server.protocol import ChatBody, CompletionBody, GenerationBody
+from llmopt.runtime.structured.grammar import Grammar
 from llmopt.runtime.text import TextStream
 
 __all__ = ["chat_prompt", "completion_parts", "completion_prompts", "make_requests"]

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from llmopt.runtime.server.constraints import ConstrainedBody
 from llmopt.runtime.server.errors import ApiError
 
 __all__ = ["ChatBody", "CompletionBody", "EmbeddingBody", "GenerationBody", "Message", "parse"]
@@ -22,6 +23,8 @@ _NOT_IMPLEMENTED: Mapping[str, tuple[Any, ...]] = {
     "documents": ([],),
     "function_call": ("none",),
     "functions": ([],),
+    "guided_decoding_backend": ("auto", "guidance"),
+    "guided_whitespace_pattern": (),
     "modalities": (["text"],),
     "prediction": (),
     "prompt_logprobs": (),
@@ -57,7 +60,7 @@ class StreamOptions(_Body):
     continuous_usage_stats: bool | None = None
 
 
-class GenerationBody(_Body):
+class GenerationBody(_Body, ConstrainedBody):
     """What both kinds of request share."""
 
     model: str | None = None
@@ -81,12 +84,6 @@ class GenerationBody(_Body):
     user: str | None = None
     priority: int | None = None
     cache_salt: str | None = None
-    response_format: dict[str, Any] | None = None
-    structured_outputs: dict[str, Any] | None = None
-    guided_json: dict[str, Any] | str | None = None
-    guided_regex: str | None = None
-    guided_choice: list[str] | None = None
-    guided_grammar: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 

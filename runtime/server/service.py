@@ -119,6 +119,8 @@ class Service(LoadedInBackground[Build]):
         finally:
             if self._engine is not None:
                 await asyncio.to_thread(self._engine.stop)
+            if self._build is not None:
+                await asyncio.to_thread(self._build.grammars.close)
 
     def _loaded(self, loaded: Build, loop: asyncio.AbstractEventLoop) -> None:
         def deliver(events: Sequence[Event]) -> None:

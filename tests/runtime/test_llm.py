@@ -3,8 +3,8 @@ import pytest
 
 from llmopt.optimizer.errors import InputError, LlmoptError
 from llmopt.runtime import LLM, Options
-from llmopt.runtime.grammar import Constraint
 from llmopt.runtime.sampler import Sampling
+from llmopt.runtime.structured.grammar import Constraint
 
 SAMPLED = Sampling(temperature=1, seed=1, logprobs=2)
 

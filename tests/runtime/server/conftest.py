@@ -12,11 +12,11 @@ import pytest
 from llmopt.optimizer.manifest import Manifest, SourceEntry, Verdict
 from llmopt.runtime.backends.toy import ToyBackend, toy_engine
 from llmopt.runtime.build import Build
-from llmopt.runtime.grammar import Grammars
 from llmopt.runtime.server.app import create_app
 from llmopt.runtime.server.serve import Server, bind
 from llmopt.runtime.server.service import Service
 from llmopt.runtime.sizing import Sizes
+from llmopt.runtime.structured.grammar import Grammars
 from llmopt.runtime.text import Tokenizer
 
 

@@ -244,30 +244,3 @@ def test_answers_of_one_request_are_guided_each_for_itself(client):
     choices = client.post(COMPLETION, json=body).json()["choices"]
     assert {choice["text"] for choice in choices} <= {"left", "right"}
     assert {choice["finish_reason"] for choice in choices} == {"stop"}
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "words"),
-    [
-        ("response_format", {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}, "not"),
-        ("response_format", {"type": "json_schema"}, "JSON schema"),
-        ("response_format", {"type": "xml"}, "xml"),
-        ("structured_outputs", {"regex": "(a"}, "unclosed"),
-        ("structured_outputs", {"choice": []}, "choice"),
-        ("structured_outputs", {"xpath": "//a"}, "xpath"),
-        ("guided_regex", "(a", "unclosed"),
-        ("guided_grammar", "???", "grammar"),
-    ],
-)
-def test_a_constraint_that_cannot_be_used_is_refused(client, field, value, words):
-    response = client.post(COMPLETION, json={"prompt": "x", field: value})
-    error = response.json()["error"]
-    assert (response.status_code, error["type"], error["param"]) == (400, "invalid_request_error", field)
-    assert words in error["message"]
-
-
-def test_two_constraints_at_once_are_refused(client):
-    body = {"prompt": "x", "response_format": {"type": "json_object"}, "guided_regex": "a"}
-    response = client.post(COMPLETION, json=body)
-    assert response.status_code == 400
-    assert "response_format and guided_regex" in response.json()["error"]["message"]
