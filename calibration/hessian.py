@@ -5,6 +5,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from llmopt.calibration.reference import fast_dtype
+
 __all__ = ["Moments", "TokenWeighting"]
 
 TokenWeighting = Literal["none", "inverse_norm", "unit_norm"]
@@ -23,7 +25,8 @@ class Moments:
     equal weights these tokens are all that H knows; weighting by the norm makes every token count.
 
     ``largest`` is the largest magnitude of each column, float32 ``[in]``. With pairs it also holds ``cross``, the sum
-    of w (x' - x) x^T, where x' is the same row in the float model.
+    of w (x' - x) x^T, where x' is the same row in the float model. It only says where to move a weight before it is
+    rounded, so it is multiplied in bfloat16 where the CPU is faster at that.
 
     Args:
         columns: Width of the input.
@@ -58,7 +61,7 @@ class Moments:
             self._matrix[first : first + _BLOCK, first:] += block.T @ weighted[:, first:]
         if self.cross is not None:
             assert exact is not None
-            self.cross += ((exact - rows) / size).T @ weighted
+            self.cross += _fast_product(exact.sub(rows).div_(size), weighted)
 
     @property
     def matrix(self) -> Tensor:
@@ -72,3 +75,9 @@ class Moments:
     def importance(self) -> Tensor:
         """The diagonal of H: how much each input column counts, float32 ``[in]``."""
         return self._matrix.diagonal().to(torch.float32)
+
+
+def _fast_product(first: Tensor, second: Tensor) -> Tensor:
+    """``first.T @ second``, multiplied in the dtype that the CPU is fastest at and summed in float32."""
+    dtype = fast_dtype()
+    return (first.to(dtype).T @ second.to(dtype)).to(torch.float32)

@@ -24,7 +24,8 @@ def test_a_token_counts_by_its_norm(weighting, power, monkeypatch) -> None:
         cross += weight * torch.outer(y - x, x)
     # Products of 20 rows are summed in float32.
     torch.testing.assert_close(moments.matrix, matrix, rtol=1e-5, atol=1e-6 * float(matrix.max()))
-    torch.testing.assert_close(moments.cross, cross, rtol=1e-5, atol=1e-5 * float(cross.abs().max()))
+    # Multiplied in bfloat16 on some CPUs, which has 8 bits.
+    torch.testing.assert_close(moments.cross, cross, rtol=0, atol=2**-7 * float(cross.abs().max()))
     assert moments.tokens == 37
     assert torch.equal(moments.importance, moments.matrix.diagonal().float())
 
