@@ -12,7 +12,7 @@ __all__ = ["DEFAULT_TARGET", "Choices", "Policy", "default_policy", "policy_for"
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_TARGET = 0.2
+DEFAULT_TARGET = 0.1
 """Seconds that a step may take while requests decode."""
 
 

@@ -39,7 +39,7 @@ _OPTIONS = (
     click.option("--prefix-cache/--no-prefix-cache", default=True, help="Whether prompts share what they begin with."),
     click.option(
         "--latency-target",
-        default=200,
+        default=100,
         show_default=True,
         type=click.IntRange(0),
         help="Milliseconds between two tokens of an answer that reading prompts should not exceed; 0 is no limit.",
