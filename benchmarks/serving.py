@@ -16,8 +16,9 @@ from llmopt.benchmarks.builds import DEFAULT_MODEL, RECIPES, build, source_model
 from llmopt.benchmarks.load.entrant import Entrant
 from llmopt.benchmarks.load.figures import latency
 from llmopt.benchmarks.load.phases import QUICK, Plan, Soaked, measure_round, soak, warm_up
+from llmopt.benchmarks.load.plot import plot
 from llmopt.benchmarks.load.servers import OURS, SERVERS, Subject
-from llmopt.benchmarks.load.tables import busy_table, latency_table
+from llmopt.benchmarks.load.tables import busy_table, latency_panels, latency_table
 from llmopt.benchmarks.load.workload import Workload, read_workload
 from llmopt.benchmarks.report import publish_result, say
 from llmopt.runtime.text import Tokenizer
@@ -101,10 +102,12 @@ def _publish(
     out: Path, entrants: Sequence[Entrant], plan: Plan, memory: Soaked | None, *, rounds: int, threads: int
 ) -> None:
     title = f"Servers of {DEFAULT_MODEL} under load, {threads} threads, {rounds} rounds"
+    picture = out / "bench" / "serving.svg"
+    picture.write_text(plot(title, latency_panels(entrants)), encoding="utf-8")
     parts = [busy_table(entrants, plan.clients), latency_table(entrants, plan.loads, plan.open)]
     parts.append(
         f"Loads are shares of the tokens/s that ours does with {plan.clients[0]} clients in the same round. "
-        "In brackets: times those of ours."
+        f"In brackets: times those of ours. Plot: {picture}"
     )
     if memory is not None:
         change = memory.last / memory.first - 1

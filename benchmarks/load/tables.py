@@ -1,4 +1,4 @@
-"""The tables of a comparison: what servers do when they are always busy, and how long people wait at a given load."""
+"""What is shown of a comparison: servers that are always busy, and how long people wait at a given load."""
 
 import math
 from collections.abc import Sequence
@@ -6,9 +6,10 @@ from statistics import median
 
 from llmopt.benchmarks.load.entrant import Entrant
 from llmopt.benchmarks.load.figures import Latency, latency
+from llmopt.benchmarks.load.plot import Line, Panel
 from llmopt.benchmarks.report import markdown
 
-__all__ = ["busy_table", "latency_of", "latency_table"]
+__all__ = ["busy_table", "latency_panels", "latency_table"]
 
 _COLUMNS = (("first_p50", 1, 3), ("first_p99", 1, 3), ("next_p50", 1000, 1), ("next_p99", 1000, 1))
 """Of ``Latency``: what seconds are multiplied with, and the digits shown."""
@@ -60,9 +61,9 @@ def latency_table(entrants: Sequence[Entrant], loads: Sequence[float], seconds: 
     header += ["first token p50, s", "p99", "next token p50, ms", "p99"]
     rows = []
     for load in loads:
-        ours = latency_of(entrants[0], load)
+        ours = _latency_of(entrants[0], load)
         for entrant in entrants:
-            found = latency_of(entrant, load)
+            found = _latency_of(entrant, load)
             if found is None:
                 continue
             rate = found.asked / (seconds * len(entrant.measured.open[load]))
@@ -72,7 +73,22 @@ def latency_table(entrants: Sequence[Entrant], loads: Sequence[float], seconds: 
     return markdown(header, rows)
 
 
-def latency_of(entrant: Entrant, load: float) -> Latency | None:
+def latency_panels(entrants: Sequence[Entrant]) -> list[Panel]:
+    """The same as a picture shows it; a server of which nothing was measured has no line."""
+    return [
+        Panel(title, [_line(entrant, part) for entrant in entrants if entrant.measured.open])
+        for title, part in (("first token", "first"), ("next token", "next"))
+    ]
+
+
+def _line(entrant: Entrant, part: str) -> Line:
+    loads = sorted(entrant.measured.open)
+    found = [latency for latency in (_latency_of(entrant, load) for load in loads) if latency is not None]
+    p50, p99 = ([1000 * getattr(each, f"{part}_{name}") for each in found] for name in ("p50", "p99"))
+    return Line(entrant.contender.title, loads, p50, p99)
+
+
+def _latency_of(entrant: Entrant, load: float) -> Latency | None:
     """Of all rounds together; None where none was measured."""
     rounds = entrant.measured.open.get(load)
     return latency([answer for answers in rounds for answer in answers]) if rounds else None
