@@ -86,7 +86,7 @@ def main() -> None:
     directory = arguments.build or build(RECIPES / f"{DEFAULT_MODEL}-int8.yaml", out)[0]
     folder = out / "bench" / "serving"
     folder.mkdir(parents=True, exist_ok=True)
-    subject = Subject(directory, source_model(directory), out / "bench", arguments.threads)
+    subject = Subject(directory, source_model(directory), out, arguments.threads)
     workload = read_workload(arguments.data, Tokenizer(directory))
     plan = QUICK if arguments.quick else Plan()
     rounds = arguments.rounds or (1 if arguments.quick else 3)
