@@ -77,7 +77,7 @@ class Entrant:
                 running(
                     self._launch.command(port),
                     port,
-                    log=self.folder / f"{self.name}.log",
+                    log=self._log,
                     health=self._launch.health,
                     environment=self._launch.environment,
                 )
@@ -85,6 +85,10 @@ class Entrant:
 
         say(f"starting {self.contender.title}")
         self.attempt(started)
+
+    @property
+    def _log(self) -> Path:
+        return self.folder / f"{self.name}.log"
 
     @property
     def process(self) -> int:
@@ -123,12 +127,17 @@ class Entrant:
         path.write_text(json.dumps({"port": port, "bodies": bodies, **order}), encoding="utf-8")
         command = [sys.executable, "-m", "llmopt.benchmarks.load.generator", str(path)]
         finished = run(command, log=self.folder / f"{self.name}.generator.log")
+        self._check_alive()
         answers = [_answer(plain) for plain in json.loads(finished.output)]
         refused = next((answer.error for answer in answers if answer.error), None)
         if refused or not any(answer.times for answer in answers):
             raise ChildError(f"{self.contender.title} gave no answer: {refused or 'in time'}")
         self._wait_for_rest()
         return answers
+
+    def _check_alive(self) -> None:
+        if not psutil.pid_exists(self.process) or psutil.Process(self.process).status() == psutil.STATUS_ZOMBIE:
+            raise ChildError(f"{self.contender.title} has ended:\n{self._log.read_text('utf-8')[-2000:]}")
 
     def _wait_for_rest(self) -> None:
         """Until it works no more on what was cut off: servers share the cores."""
