@@ -101,7 +101,7 @@ def main() -> None:
 def _publish(
     out: Path, entrants: Sequence[Entrant], plan: Plan, memory: Soaked | None, *, rounds: int, threads: int
 ) -> None:
-    title = f"Servers of {DEFAULT_MODEL} under load, {threads} threads, {rounds} rounds"
+    title = f"Servers of {DEFAULT_MODEL} under load, {threads} threads, rounds: {rounds}"
     picture = out / "bench" / "serving.svg"
     picture.write_text(plot(title, latency_panels(entrants)), encoding="utf-8")
     parts = [busy_table(entrants, plan.clients), latency_table(entrants, plan.loads, plan.open)]

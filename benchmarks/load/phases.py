@@ -54,7 +54,7 @@ class Plan:
     prefixes: int = 5
 
 
-QUICK = Plan(saturated=15.0, warm=5.0, loads=(0.4, 0.8), open=20.0, patience=10.0, prefixes=2)
+QUICK = Plan(saturated=20.0, warm=8.0, loads=(0.4, 0.8), open=20.0, patience=10.0, prefixes=2)
 """A few minutes for four servers."""
 
 

@@ -200,7 +200,7 @@ def _alone(threads: int) -> dict[str, str]:
 
 SERVERS: Mapping[str, Contender] = {
     OURS: Contender("llmopt W8A8", f"{SLOTS} slots, continuous", _ours),
-    "llama_cpp": Contender(f"{_LLAMA_CPP.title} Q8_0", "1 request", _llama_cpp),
+    "llama_cpp": Contender(f"{_LLAMA_CPP.title} Q8_0", "1 request: its server makes no batches", _llama_cpp),
     "genai": Contender(f"onnxruntime-genai {GENAI_VERSION} int4", "batches of 4, static", _genai),
     "openvino": Contender(f"{_OPENVINO.title} int8", "all, continuous", _openvino),
 }

@@ -34,16 +34,17 @@ def busy_table(entrants: Sequence[Entrant], clients: Sequence[int]) -> str:
             continue
         measured = entrant.measured
         for count in clients:
-            row += _against(measured.throughput[count], entrants[0].measured.throughput.get(count, []))
+            base = None if entrant is entrants[0] else entrants[0].measured.throughput.get(count, [])
+            row += _against(measured.throughput[count], base)
         row.append(f"{measured.peak_bytes / 1e6:,.0f}")
         row += [f"{median(times):.3f}" if times else "-" for times in (measured.cold, measured.warm)]
         rows.append(row)
     return markdown(header, rows)
 
 
-def _against(theirs: Sequence[float], ours: Sequence[float]) -> list[str]:
+def _against(theirs: Sequence[float], ours: Sequence[float] | None) -> list[str]:
     """Tokens per second, and how many times as many ours does: the median of rounds, and the least and the most."""
-    ratios = [a / b for a, b in zip(ours, theirs, strict=False) if b]
+    ratios = [a / b for a, b in zip(ours or (), theirs, strict=False) if b]
     if not ratios:
         return [f"{median(theirs):,.0f}", "-", "-"]
     return [f"{median(theirs):,.0f}", f"{median(ratios):.2f}x", f"{min(ratios):.2f} - {max(ratios):.2f}"]
