@@ -8,7 +8,7 @@ in every kind of load, because the machine's speed changes from minute to minute
 import argparse
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,12 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="a folder with load_azure_conv and chat_*")
     parser.add_argument("--build", type=Path, help=f"omitted: recipes/{DEFAULT_MODEL}-int8.yaml is built")
     parser.add_argument("--servers", nargs="*", default=[], help=f"besides ours, of {', '.join(SERVERS)}; omitted: all")
+    parser.add_argument(
+        "--loads",
+        nargs="*",
+        type=float,
+        help="shares of our throughput; omitted: 0.2 0.4 0.6 0.8, with --quick 0.4 0.8",
+    )
     parser.add_argument("--rounds", type=int, help="omitted: 3, and 1 with --quick")
     parser.add_argument("--quick", action="store_true", help="seconds instead of minutes for every kind of load")
     parser.add_argument("--soak", type=int, default=0, help="short requests over which our memory is watched; 5000")
@@ -89,6 +95,7 @@ def main() -> None:
     subject = Subject(directory, source_model(directory), out, arguments.threads)
     workload = read_workload(arguments.data, Tokenizer(directory))
     plan = QUICK if arguments.quick else Plan()
+    plan = plan if arguments.loads is None else replace(plan, loads=sorted(arguments.loads))
     rounds = arguments.rounds or (1 if arguments.quick else 3)
     entrants = [Entrant(name, SERVERS[name], folder) for name in names]
     compare(entrants, subject, workload, plan, rounds=rounds)
