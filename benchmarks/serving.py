@@ -6,6 +6,7 @@ in every kind of load, because the machine's speed changes from minute to minute
 """
 
 import argparse
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -56,16 +57,18 @@ def plain(entrant: Entrant) -> dict[str, Any]:
         "error": entrant.error,
         "tokens_per_second": {str(clients): rounds for clients, rounds in measured.throughput.items()},
         "loads": {
-            str(load): [_finite(asdict(latency(answers))) for answers in rounds]
+            str(load): [
+                {name: _finite(value) for name, value in asdict(latency(answers)).items()} for answers in rounds
+            ]
             for load, rounds in measured.open.items()
         },
-        "prefix": {"new": measured.cold, "seen": measured.warm},
+        "prefix": {"new": [*map(_finite, measured.cold)], "seen": [*map(_finite, measured.warm)]},
         "peak_bytes": measured.peak_bytes,
     }
 
 
-def _finite(figures: dict[str, Any]) -> dict[str, Any]:
-    return {name: None if value == float("inf") else value for name, value in figures.items()}
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def main() -> None:

@@ -129,9 +129,8 @@ class Entrant:
         finished = run(command, log=self.folder / f"{self.name}.generator.log")
         self._check_alive()
         answers = [_answer(plain) for plain in json.loads(finished.output)]
-        refused = next((answer.error for answer in answers if answer.error), None)
-        if refused or not any(answer.times for answer in answers):
-            raise ChildError(f"{self.contender.title} gave no answer: {refused or 'in time'}")
+        if refused := next((answer.error for answer in answers if answer.error), None):
+            raise ChildError(f"{self.contender.title} refused a request: {refused}")
         self._wait_for_rest()
         return answers
 
