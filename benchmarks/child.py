@@ -12,7 +12,7 @@ from pathlib import Path
 
 from llmopt.optimizer.errors import LlmoptError
 
-__all__ = ["ChildError", "Finished", "llmopt_command", "run"]
+__all__ = ["ChildError", "Finished", "last_line", "llmopt_command", "peak_memory", "run"]
 
 
 class ChildError(LlmoptError):
@@ -86,16 +86,25 @@ def _wait(process: subprocess.Popen[bytes]) -> int:
     """
     peak = 0
     while process.poll() is None:
-        peak = max(peak, _high_water(process.pid))
+        peak = max(peak, peak_memory(process.pid))
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(0.02)
     return peak
 
 
-def _high_water(pid: int) -> int:
+def peak_memory(pid: int) -> int:
+    """The most memory in bytes that a process had resident; 0 where it has ended."""
     try:
         status = Path(f"/proc/{pid}/status").read_text("utf-8")
     except (FileNotFoundError, ProcessLookupError):  # it has just ended
         return 0
     found = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
     return int(found[1]) * 1024 if found else 0
+
+
+def last_line(error: LlmoptError) -> str:
+    """What a failure comes to in a table: of a program that ended, the last line that it said."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not isinstance(error, ChildError):
+        return lines[0]
+    return next((line for line in reversed(lines) if not line.startswith("hint:")), "no word")

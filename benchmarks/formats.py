@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmopt.benchmarks.child import ChildError
+from llmopt.benchmarks.child import last_line
 from llmopt.benchmarks.loaders.programs import HERE, LOADERS
 from llmopt.benchmarks.peer import installed, run_script
 from llmopt.benchmarks.quantizers.run_passes import GivenWindows, quantized, recipe_of
@@ -159,7 +159,7 @@ class Bench:
         try:
             self._load(row, build / instance.folder, logits)
         except LlmoptError as error:
-            return Result(row, error=_last_line(error))
+            return Result(row, error=last_line(error))
         ours = Reference(_as_written(made, build / instance.folder), threads=self.threads).logits(self.text.ids)
         return _compared(row, torch.from_numpy(np.load(logits)), ours)
 
@@ -183,11 +183,6 @@ def _as_written(made: Model, folder: Path) -> Model:
 def _compared(row: Row, theirs: Tensor, ours: Tensor) -> Result:
     same = (theirs.argmax(-1) == ours.argmax(-1)).float().mean()
     return Result(row, float((theirs - ours).abs().max()), float(ours.std()), float(same))
-
-
-def _last_line(error: LlmoptError) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if isinstance(error, ChildError) else lines[0]
 
 
 def main() -> None:

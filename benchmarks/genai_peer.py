@@ -11,9 +11,11 @@ from llmopt.benchmarks.report import say
 from llmopt.optimizer.cache import publish
 from llmopt.optimizer.model import Model
 
-__all__ = ["GENAI_VERSION", "make_peer"]
+__all__ = ["GENAI_VERSION", "genai_python", "make_peer"]
 
 GENAI_VERSION = "0.18.0"
+
+_FOLDER = Path("peers/genai")
 
 _SHARED = ("onnxruntime", "onnx", "onnx-ir", "torch", "transformers", "numpy")
 """What the builder uses too, installed in our own versions: the same ONNX Runtime then runs both engines."""
@@ -30,11 +32,11 @@ def make_peer(model: Model, out: Path, *, precision: str = "int4") -> Path:
     Raises:
         ChildError: The installation or the builder failed.
     """
-    root = out / "peers" / "genai"
+    root = out / _FOLDER
     built = root / f"{precision}-{model.source.digest[:12]}"
     if built.is_dir():
         return built
-    python = _environment(root / f"env-{GENAI_VERSION}")
+    python = genai_python(out)
     checkpoint = write_checkpoint(model, root / "checkpoint")
     say(f"building the peer's {precision} engine")
     with publish(built) as partial:
@@ -44,8 +46,13 @@ def make_peer(model: Model, out: Path, *, precision: str = "int4") -> Path:
     return built
 
 
-def _environment(directory: Path) -> Path:
-    """The Python of the peer's environment."""
+def genai_python(out: Path) -> Path:
+    """The Python of the peer's environment, made once.
+
+    Raises:
+        ChildError: The installation failed.
+    """
+    directory = out / _FOLDER / f"env-{GENAI_VERSION}"
     python = directory / "bin" / "python"
     done = directory / "installed"
     if not done.is_file():

@@ -117,7 +117,7 @@ def test_every_library_imported_is_a_declared_dependency(package: str) -> None:
     known = sys.stdlib_module_names | {"llmopt", "pydantic_core"}  # pydantic pins pydantic_core to one version
     undeclared = {}
     for file, tree in sources(package).items():
-        if file.startswith(("benchmarks/quantizers/run_", "benchmarks/loaders/run_")):
+        if file.startswith(("benchmarks/load/run_", "benchmarks/loaders/run_", "benchmarks/quantizers/run_")):
             continue  # scripts for the environments of other programs
         for found in imports_of(tree):
             top = found.module.split(".")[0]

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llmopt.benchmarks.child import ChildError, Finished, run
+from llmopt.benchmarks.child import Finished, last_line, run
 from llmopt.benchmarks.quantizers.judge import (
     Figures,
     Judge,
@@ -121,7 +121,7 @@ class Bench:
             size = size_of(model, theirs)
             figures = self.judge.figures(with_rounded_tables(model) if row.rounds_head else model)
         except LlmoptError as error:
-            return Result(row, program, error=_last_line(error))
+            return Result(row, program, error=last_line(error))
         finally:
             shutil.rmtree(output, ignore_errors=True)
         return Result(row, program, finished, figures, size)
@@ -176,10 +176,3 @@ def _read(row: Row, output: Path) -> Theirs:
 
 def _threads(count: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(count)}
-
-
-def _last_line(error: LlmoptError) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if not isinstance(error, ChildError):
-        return lines[0]
-    return next((line for line in reversed(lines) if not line.startswith("hint:")), "no word")
