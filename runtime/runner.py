@@ -226,12 +226,14 @@ class Runner:
             False when there is nothing to verify.
         """
         began = time.perf_counter()
-        guesses = []
-        for request, length in zip(step.decoding, step.lengths, strict=True):
-            room = min(self._backend.capacity - length, self._backend.engine.max_chunk) - 1
-            most = min(speculation.tokens, room, request.generation.max_tokens - len(request.output) - 1)
-            ids = np.concatenate([request.prompt, np.array(request.output, np.int64)])
-            guesses.append(speculation.drafter.propose(ids, most) if most > 0 else ())
+        try:
+            guesses = [
+                self._guessed(request, length, speculation)
+                for request, length in zip(step.decoding, step.lengths, strict=True)
+            ]
+        except ExecutionError as error:
+            logger.warning("no tokens are guessed in this step: %s", error)
+            return False
         if not any(guesses):
             return False
         before = self.statistics.generated_tokens
@@ -242,6 +244,13 @@ class Runner:
         count = len(step.decoding)
         speculation.note_verify((self.statistics.generated_tokens - before) / count, seconds / count)
         return True
+
+    def _guessed(self, request: Request, length: int, speculation: Speculation) -> Sequence[int]:
+        """Tokens that may follow, as many as there is room for."""
+        room = min(self._backend.capacity - length, self._backend.engine.max_chunk) - 1
+        most = min(speculation.tokens, room, request.generation.max_tokens - len(request.output) - 1)
+        ids = np.concatenate([request.prompt, np.array(request.output, np.int64)])
+        return speculation.drafter.propose(ids, most) if most > 0 else ()
 
     def _verify(self, request: Request, slot: int, length: int, guess: Sequence[int]) -> None:
         """Choose tokens at all places of a guess, up to the first that differs from it."""

@@ -447,6 +447,17 @@ def test_guesses_change_nothing_but_the_number_of_steps(tokenizer, temperature):
         assert 0 < fast.statistics.accepted_tokens < fast.statistics.drafted_tokens
 
 
+def test_a_drafter_that_fails_costs_nothing_but_its_guesses(tokenizer, caplog):
+    class Broken(Knowing):
+        def propose(self, ids, most):
+            raise ExecutionError("no memory")
+
+    asked = Asked(tokenizer, [1, 2], max_tokens=5)
+    run(Engine(backend(), policy=Policy(is_exact=False, speculation=Speculation(Broken()))), asked)
+    assert asked.tokens == greedy([1, 2], 5)
+    assert "no tokens are guessed in this step: no memory" in caplog.text
+
+
 def test_guessing_needs_leave_to_depend_on_the_load():
     with pytest.raises(InputError, match="speculation"):
         Policy(speculation=Speculation(Knowing()))
