@@ -116,7 +116,7 @@ def _publish(
     picture.write_text(plot(title, latency_panels(entrants)), encoding="utf-8")
     parts = [busy_table(entrants, plan.clients), latency_table(entrants, plan.loads, plan.open)]
     parts.append(
-        f"Loads are shares of the tokens/s that ours does with {plan.clients[0]} clients in the same round. "
+        "Loads are shares of the most tokens/s that ours did in the same round. "
         f"In brackets: times those of ours. Plot: {picture}"
     )
     if memory is not None:

@@ -36,10 +36,10 @@ class Plan:
     """How long and how much.
 
     Attributes:
-        clients: That are always busy, one run for each number; the first gives the throughput that loads are shares of.
+        clients: That are always busy, one run for each number.
         saturated: Seconds of such a run.
         warm: Of them, those at the beginning that do not count.
-        loads: Shares of our throughput.
+        loads: Shares of the most that ours did in the same round.
         open: Seconds in which requests arrive.
         patience: Seconds after which requests without an answer are given up.
         prefixes: That are tried.
@@ -54,7 +54,7 @@ class Plan:
     prefixes: int = 5
 
 
-QUICK = Plan(saturated=20.0, warm=8.0, loads=(0.4, 0.8), open=20.0, patience=10.0, prefixes=2)
+QUICK = Plan(saturated=30.0, warm=10.0, loads=(0.4, 0.8), open=20.0, patience=10.0, prefixes=2)
 """A few minutes for four servers."""
 
 
@@ -75,7 +75,7 @@ def measure_round(entrants: Sequence[Entrant], workload: Workload, plan: Plan) -
     if ours.error is not None:
         return
     for load in plan.loads:
-        rate = load * ours.measured.throughput[plan.clients[0]][-1]
+        rate = load * max(rounds[-1] for rounds in ours.measured.throughput.values())
         start = workload.place
         jobs = workload.take(int(plan.open * _MOST_REQUESTS))
         times = arrivals(workload.trace, start, [job.max_tokens for job in jobs], rate=rate, seconds=plan.open)
