@@ -27,10 +27,15 @@ class Pace:
     seconds_per_decode: float = 0.0
 
     def budget(self, decoding: int) -> int:
-        """Prompt tokens for a step in which ``decoding`` requests decode."""
+        """Prompt tokens for a step in which ``decoding`` requests decode.
+
+        Reading gets the time that decoding leaves of the target, and at least as much as decoding takes: else, where
+        the target cannot be kept at all, prompts would hardly be read and fewer and fewer requests decode together.
+        """
         if not decoding or self.target <= 0 or not self.seconds_per_token:
             return self.most
-        fitting = int((self.target - self.seconds_per_decode) / self.seconds_per_token)
+        seconds = max(self.target - self.seconds_per_decode, self.seconds_per_decode)
+        fitting = int(seconds / self.seconds_per_token)
         return min(max(fitting, self.least), self.most)
 
     def note_prefill(self, tokens: int, seconds: float) -> None:

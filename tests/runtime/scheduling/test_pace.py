@@ -20,10 +20,17 @@ def test_prompts_get_the_time_that_decoding_leaves():
     assert pace.budget(3) == pytest.approx(160, abs=1)
 
 
-def test_prompts_go_on_even_where_decoding_takes_all_the_time():
+def test_prompts_get_as_much_time_as_decoding_where_the_target_cannot_be_kept():
     pace = Pace(0.1, least=32, most=512)
     pace.note_prefill(100, 0.05)
-    pace.note_decode(1.0)
+    pace.note_decode(0.2)
+    assert pace.budget(3) == pytest.approx(400, abs=1)
+
+
+def test_a_step_reads_the_least_in_any_case():
+    pace = Pace(0.1, least=32, most=512)
+    pace.note_prefill(100, 10.0)
+    pace.note_decode(0.02)
     assert pace.budget(3) == 32
 
 
