@@ -189,7 +189,7 @@ class LLM:
         )
         guide = None if options.constraint is None else build.grammars.compile(options.constraint)
         text = TextStream(build.tokenizer, stop=options.stop, context=ids if is_continued else ())
-        request = Request(np.array(ids, np.int64), generation, text=text, receive=_nobody, guide=guide)
+        request = Request(np.array(ids, np.int64), generation, text=text, guide=guide)
         request.check(build.backend.capacity, build.backend.engine.vocab_size)
         return request
 
@@ -204,10 +204,6 @@ class LLM:
             messages = [message for message in prompt if isinstance(message, Mapping)]
             return tokenizer.encode(tokenizer.chat_template.render(messages), add_special_tokens=False), False
         return [int(token) for token in prompt if not isinstance(token, Mapping)], True
-
-
-def _nobody(event: Event) -> None:
-    raise AssertionError(f"{event} has no receiver")
 
 
 class _Stream:

@@ -96,6 +96,10 @@ class Event:
     error: str | None = None
 
 
+def _nobody(event: Event) -> None:
+    raise AssertionError(f"{event} has no receiver")
+
+
 class Request:
     """One sequence to generate.
 
@@ -103,7 +107,8 @@ class Request:
         prompt: int64 ``[tokens]``, at least one.
         generation: What is asked for.
         text: Where tokens become text and stop strings are found.
-        receive: Called with every event of this request, the last of which has a ``finish``.
+        receive: Called with every event of this request, the last of which has a ``finish``; whoever submits the
+            request may set it until then.
         sender: Whose it is.
         guide: What the answer has to obey; this request's alone. ``min_tokens`` yields to it.
     """
@@ -114,7 +119,7 @@ class Request:
         generation: Generation,
         *,
         text: TextStream,
-        receive: Callable[[Event], None],
+        receive: Callable[[Event], None] = _nobody,
         sender: Sender | None = None,
         guide: Guide | None = None,
     ) -> None:

@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from llmopt.runtime.backends.base import Backend, FloatArray, IntArray
+from llmopt.runtime.scheduling.pace import moved
 
 __all__ = ["DraftEngine", "Drafter", "PromptLookup", "Speculation"]
 
@@ -145,13 +146,9 @@ class Speculation:
 
     def note_decode(self, decoding: int, seconds: float) -> None:
         """Learn from a decode call of ``decoding`` sequences."""
-        self._decode_seconds[decoding] = _moved(self._decode_seconds.get(decoding, 0.0), seconds)
+        self._decode_seconds[decoding] = moved(self._decode_seconds.get(decoding, 0.0), seconds, _WEIGHT)
 
     def note_verify(self, gained: float, seconds: float) -> None:
         """Learn from a guess: how many tokens its verification yielded, and the seconds of both."""
-        self._gained = _moved(self._gained, gained)
-        self._verify_seconds = _moved(self._verify_seconds, seconds)
-
-
-def _moved(average: float, value: float) -> float:
-    return value if not average else average + _WEIGHT * (value - average)
+        self._gained = moved(self._gained, gained, _WEIGHT)
+        self._verify_seconds = moved(self._verify_seconds, seconds, _WEIGHT)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-__all__ = ["Pace"]
+__all__ = ["Pace", "moved"]
 
 _WEIGHT = 0.2
 """Of a new measurement in a moving average."""
@@ -41,16 +41,17 @@ class Pace:
     def note_prefill(self, tokens: int, seconds: float) -> None:
         """Learn from a prefill call. Short ones are left out: most of their time does not depend on their length."""
         if tokens >= self.least:
-            self.seconds_per_token = _moved(self.seconds_per_token, seconds / tokens)
+            self.seconds_per_token = moved(self.seconds_per_token, seconds / tokens, _WEIGHT)
 
     def note_decode(self, seconds: float) -> None:
         """Learn from a decode call."""
-        self.seconds_per_decode = _moved(self.seconds_per_decode, seconds)
+        self.seconds_per_decode = moved(self.seconds_per_decode, seconds, _WEIGHT)
 
     def seconds_for(self, prompt: int, answer: int) -> float:
         """About how long a request takes once it runs: ``prompt`` tokens read and ``answer`` tokens written."""
         return prompt * self.seconds_per_token + answer * self.seconds_per_decode
 
 
-def _moved(average: float, value: float) -> float:
-    return value if not average else average + _WEIGHT * (value - average)
+def moved(average: float, value: float, weight: float) -> float:
+    """A moving average behind one more value, which counts by ``weight``; the first value is the average."""
+    return value if not average else average + weight * (value - average)

@@ -151,10 +151,6 @@ class Scheduler(Generic[T]):
         self._prompts[request] = prompt
         self._line.add(request, tenant=prompt.tenant, priority=prompt.priority, arrival=prompt.arrival)
 
-    def is_waiting(self, request: T) -> bool:
-        """Whether a request that was added has no slot yet."""
-        return all(entry.request != request for entry in self._running)
-
     def plan(self, budget: int | None = None) -> Step[T]:
         """Admit what fits and say what this step runs. What it plans counts as written from here on.
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from llmopt.runtime.build import Build
-from llmopt.runtime.request import Event, Generation, Request, Sender
+from llmopt.runtime.request import Generation, Request, Sender
 from llmopt.runtime.sampler import Sampling
 from llmopt.runtime.server.errors import ApiError
 from llmopt.runtime.server.protocol import ChatBody, CompletionBody, GenerationBody
@@ -121,17 +121,12 @@ def make_requests(
                     # An answer begins a text of its own; a completion goes on with the prompt's.
                     context=ids if isinstance(body, CompletionBody) else (),
                 ),
-                receive=_nobody,
                 sender=sender,
                 guide=None if grammar is None else grammar.copy(),
             )
             request.check(build.backend.capacity, vocab)
             made.append(request)
     return made
-
-
-def _nobody(event: Event) -> None:
-    raise AssertionError(f"{event} has no receiver")
 
 
 def _generation(body: GenerationBody, prompt: int, choice: int, build: Build) -> Generation:
