@@ -1,4 +1,4 @@
-# The commands that README, CONTRIBUTING and CI use. They need Python 3.11 or newer, a C compiler and PyPI, nothing else.
+# The commands that README, CONTRIBUTING and CI use. They need Python 3.11 or newer, a C++ compiler and PyPI, nothing else.
 
 PYTHON ?= python3
 BIN := .venv/bin

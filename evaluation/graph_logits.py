@@ -11,6 +11,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from llmopt.optimizer import kernels
 from llmopt.optimizer.errors import MissingExtraError, VerificationError, is_out_of_memory
 
 __all__ = ["graph_logits"]
@@ -76,6 +77,8 @@ def _session(graph: ir.Model, name: str, threads: int) -> Any:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = threads
     options.log_severity_level = 4
+    if kernels.library() is not None:
+        kernels.register(options)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         ir.save(graph, path, external_data="model.onnx.data")

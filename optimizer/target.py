@@ -1,6 +1,6 @@
 """What will execute an engine, and which schemes it can run."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llmopt.optimizer.scheme import Scheme
 
@@ -20,6 +20,10 @@ class Target:
     name: str
     graph_passes: tuple[str, ...]
     encoder_passes: tuple[str, ...]
+
+    def with_kernels(self) -> "Target":
+        """The same with llmopt's own kernels at the end of the lowering of decoders."""
+        return replace(self, graph_passes=(*self.graph_passes, "use_kernels"))
 
     def refusal(self, scheme: Scheme, *, experts: bool = False) -> str | None:
         """Why this target cannot run ``scheme`` in a linear, or in the experts of a mixture; None when it can."""

@@ -2,6 +2,7 @@
 
 import onnx_ir as ir
 
+from llmopt.optimizer import kernels
 from llmopt.optimizer.instructions import LARGEST_BLOCK, host_instructions
 
 __all__ = ["batch_dependent"]
@@ -30,6 +31,8 @@ def batch_dependent(model: ir.Model) -> list[str]:
     for node in model.graph.all_nodes():
         if node.domain == "com.microsoft" and node.op_type == "MatMulNBits":
             reason = _blocks(node)
+        elif node.domain == kernels.DOMAIN:
+            reason = None  # each computes a row from that row alone, as its source says and its tests show
         elif node.domain == "com.microsoft":
             reason = None if node.op_type in _INVARIANT else "its kernel was not measured"
         else:

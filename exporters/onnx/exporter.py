@@ -19,6 +19,7 @@ from llmopt.exporters.onnx.genai import with_genai_interface, write_genai_files
 from llmopt.exporters.onnx.lowering import lowered_graph
 from llmopt.exporters.onnx.rope import check_rope, longest_with, rope_note
 from llmopt.exporters.onnx.verify import verify_lowering
+from llmopt.optimizer import kernels
 from llmopt.optimizer.contracts import Exporter, PassContext
 from llmopt.optimizer.decoder import Decoder, Rope
 from llmopt.optimizer.errors import InputError, MissingExtraError, UnsupportedError
@@ -41,6 +42,12 @@ class Onnx(Exporter):
     flavor: Literal["llmopt", "genai"] = Field(
         "llmopt",
         description="llmopt: the engine that llmopt serves and measures. genai: a folder that onnxruntime-genai loads.",
+    )
+    kernels: Literal["llmopt", "onnxruntime"] | None = Field(
+        None,
+        description="Whose kernels a decoder's attention and rounding of activations run in. llmopt: our own, which "
+        "are faster; only llmopt loads the engine. onnxruntime: every ONNX Runtime loads it. Omitted: llmopt, unless "
+        "llmopt was installed without a C++ compiler.",
     )
     capacity: int | None = Field(
         None,
@@ -66,7 +73,13 @@ class Onnx(Exporter):
 
     def targets(self) -> list[Target]:
         """See ``Exporter.targets``."""
-        return [TARGETS[self.target]]
+        return [TARGETS[self.target].with_kernels() if self._own_kernels else TARGETS[self.target]]
+
+    @property
+    def _own_kernels(self) -> bool:
+        if self.kernels is None:
+            return self.flavor == "llmopt" and kernels.library() is not None
+        return self.kernels == "llmopt"
 
     def check(self, model: Model) -> None:
         """See ``Exporter.check``.
@@ -78,7 +91,7 @@ class Onnx(Exporter):
         if importlib.util.find_spec("onnxruntime") is None:
             raise MissingExtraError("onnxruntime", "cpu")
         if model.is_encoder:
-            self._check_flavor(model)
+            self._check_encoder(model)
             longest = self._pooled(model).encoder.max_positions
         else:
             self._check_decoder(model.decoder)
@@ -107,7 +120,7 @@ class Onnx(Exporter):
         Raises:
             VerificationError: The lowered graph does not compute what the standard graph does.
         """
-        target = TARGETS[self.target]
+        [target] = self.targets()
         if model.is_encoder:
             return export_encoder(self._pooled(model), target, directory, context, capacity=self.longest(model))
         return self._export_decoder(model, target, directory, context)
@@ -129,7 +142,11 @@ class Onnx(Exporter):
             )
         return replace(model, pooling=wanted)
 
-    def _check_flavor(self, model: Model) -> None:
+    def _check_encoder(self, model: Model) -> None:
+        if self.kernels is not None:
+            raise UnsupportedError(
+                f"kernels: {self.kernels} is for decoders, and {model.family.name} is an encoder", hint="leave it out"
+            )
         if self.flavor != "llmopt":
             raise UnsupportedError(
                 f"flavor: {self.flavor} is for decoders, and {model.family.name} is an encoder",
@@ -141,6 +158,15 @@ class Onnx(Exporter):
             raise UnsupportedError(
                 f"pooling and normalize are options for encoders, and {decoder.name} is none", hint="remove them"
             )
+        if self.kernels == "llmopt" and self.flavor != "llmopt":
+            raise UnsupportedError(
+                f"kernels: llmopt cannot be loaded by {self.flavor}", hint="leave it out, or set kernels: onnxruntime"
+            )
+        if self.kernels == "llmopt" and kernels.library() is None:
+            raise UnsupportedError(
+                "kernels: llmopt is not possible: this llmopt was installed without a C++ compiler",
+                hint="install a compiler and llmopt again, or set kernels: onnxruntime",
+            )
         for rope in _ropes(decoder):
             check_rope(rope)
 
@@ -151,6 +177,8 @@ class Onnx(Exporter):
         for rope in _ropes(model.decoder):
             if note := rope_note(rope, capacity):
                 context.note(note)
+        if self.kernels is None and self.flavor == "llmopt" and not self._own_kernels:
+            context.note("kernels: onnxruntime, because llmopt was installed without a C++ compiler")
         differences = verify_lowering(model, target, level=context.verify, seed=context.seed)
         graph, records = lowered_graph(model, target, capacity=capacity, strict=context.strict)
         options = {"level": context.verify}
@@ -184,7 +212,11 @@ class Onnx(Exporter):
             max_chunk=min(_MAX_CHUNK, capacity),
             min_chunk=2,
             batch_invariant=not batch_dependent(graph),
-            features=[*([] if model.cache_scales(0) is None else ["int8_kv"]), *vnni_feature(model)],
+            features=[
+                *([] if model.cache_scales(0) is None else ["int8_kv"]),
+                *([kernels.FEATURE] if self._own_kernels else []),
+                *vnni_feature(model),
+            ],
         )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from llmopt.optimizer import kernels
 from llmopt.optimizer.errors import MissingExtraError
 
 __all__ = ["Sessions"]
@@ -53,6 +54,8 @@ class Sessions:
         # A packed copy of every weight would double the layer's memory.
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if kernels.library() is not None:
+            kernels.register(options)
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self._folder))
         return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 

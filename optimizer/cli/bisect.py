@@ -80,11 +80,10 @@ def _stages_of(recipe: "Recipe") -> "Callable[[Model], Iterator[Stage]]":
     def stages_of(model: "Model") -> "Iterator[Stage]":
         from llmopt.exporters.onnx.exporter import Onnx
         from llmopt.exporters.onnx.lowering import stages
-        from llmopt.optimizer.target import TARGETS
 
         for item in recipe.export:
             if isinstance(item.instance, Onnx):
-                target, capacity = TARGETS[item.instance.target], item.instance.longest(model)
-                yield from stages(model, target, capacity=capacity, strict=recipe.strict)
+                [target] = item.instance.targets()
+                yield from stages(model, target, capacity=item.instance.longest(model), strict=recipe.strict)
 
     return stages_of

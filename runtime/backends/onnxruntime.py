@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from llmopt.optimizer import kernels
 from llmopt.optimizer.errors import InputError, MissingExtraError, UnsupportedError
 from llmopt.optimizer.instructions import VNNI, host_instructions
 from llmopt.optimizer.manifest import Engine, TensorInfo
@@ -19,7 +20,7 @@ from llmopt.runtime.backends.base import ExecutionError, FloatArray, IntArray
 
 __all__ = ["OnnxRuntimeBackend", "check_features", "missing_tokens", "open_backend", "open_session", "ort_errors"]
 
-_KNOWN_FEATURES = frozenset({"int8_kv", VNNI})
+_KNOWN_FEATURES = frozenset({"int8_kv", kernels.FEATURE, VNNI})
 _IDS, _LENGTHS, _ROWS, _LOGITS = "input_ids", "past_lengths", "logit_rows", "logits"
 
 
@@ -47,7 +48,8 @@ def open_backend(
     if slots < 1:
         raise InputError(f"at least one slot is needed, not {slots}")
     check_features(engine.features)
-    session = open_session(directory / engine.path, engine.target, threads, packed=packed)
+    own = kernels.FEATURE in engine.features
+    session = open_session(directory / engine.path, engine.target, threads, packed=packed, own_kernels=own)
     return OnnxRuntimeBackend(session, engine, slots=slots, capacity=capacity)
 
 
@@ -69,12 +71,12 @@ def check_features(features: Sequence[str]) -> None:
         )
 
 
-def open_session(path: Path, target: str, threads: int, *, packed: bool = True) -> Any:
+def open_session(path: Path, target: str, threads: int, *, packed: bool = True, own_kernels: bool = False) -> Any:
     """An ONNX Runtime session of the graph in ``path``; see ``open_backend``.
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
-        UnsupportedError: It cannot load the graph.
+        UnsupportedError: It cannot load the graph, or llmopt has not the kernels that the graph uses.
     """
     try:
         import onnxruntime as ort
@@ -94,6 +96,8 @@ def open_session(path: Path, target: str, threads: int, *, packed: bool = True) 
     # Between two runs the cores belong to the server; idle worker threads that spin would take them.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.add_session_config_entry("session.disable_prepacking", str(int(not packed)))
+    if own_kernels:
+        kernels.register(options)
     try:
         return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except ort_errors() as error:
@@ -142,7 +146,7 @@ class OnnxRuntimeBackend:
         self._lengths = np.zeros(slots, np.int64)
         self._rows = np.arange(slots, dtype=np.int64)
         self._logits = _aligned_zeros((slots, engine.vocab_size), np.dtype(np.float32))
-        self._query_block = _query_block(engine.head_dim)
+        self._query_block = None if kernels.FEATURE in engine.features else _query_block(engine.head_dim)
         self._prefill_bindings: dict[int, Any] = {}
         self._decode_bindings: dict[int, Any] = {}
 
@@ -187,9 +191,12 @@ class OnnxRuntimeBackend:
     def _padded(self, ids: IntArray, start: int) -> IntArray:
         """The chunk, with tokens behind it that are overwritten later, so that no block of queries has one row only.
 
-        GroupQueryAttention computes queries in blocks; a block of one row takes another path, whose sums differ in the
-        last bits. Nobody reads the keys and values of what is added: the next call writes over them.
+        ONNX Runtime's attention computes queries in blocks; a block of one row takes another path, whose sums differ in
+        the last bits. Nobody reads the keys and values of what is added: the next call writes over them. Our own
+        kernel has one path for all.
         """
+        if self._query_block is None:
+            return ids
         missing = missing_tokens(len(ids), self._query_block)
         missing = min(missing, self.capacity - start - len(ids))
         return np.pad(ids, (0, missing), mode="edge") if missing > 0 else ids

@@ -21,7 +21,7 @@ from llmopt.exporters.onnx.composites import (
     slot_attention,
 )
 from llmopt.exporters.onnx.standard import IR_VERSION, standard_graph
-from llmopt.optimizer import loader
+from llmopt.optimizer import kernels, loader
 from llmopt.optimizer.contracts import PassContext
 from llmopt.optimizer.decoder import Decoder
 from llmopt.optimizer.model import Model
@@ -83,6 +83,7 @@ def session_of(graph: ir.Model) -> ort.InferenceSession:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4
     options.intra_op_num_threads = 1
+    kernels.register(options)
     data = ir.to_proto(graph).SerializeToString()
     return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 
@@ -148,7 +149,7 @@ def written(write: Callable[..., Any], **inputs: tuple[str, Sequence[int | str]]
     return ir.Model(graph, ir_version=IR_VERSION, functions=functions)
 
 
-def calls_of(decoder: Decoder, capacity: int) -> list[Feeds]:
+def calls_of(decoder: Decoder, capacity: int, *, int8: bool = False) -> list[Feeds]:
     generator = np.random.default_rng(3)
     layers, heads, width = len(decoder.layers), decoder.kv_heads, decoder.head_dim
 
@@ -161,7 +162,8 @@ def calls_of(decoder: Decoder, capacity: int) -> list[Feeds]:
         for i in range(layers):
             for kind in ("key", "value"):
                 shape = (len(lengths), heads, capacity, width)
-                feeds[f"past.{i}.{kind}"] = generator.standard_normal(shape, np.float32)
+                cache = generator.standard_normal(shape, np.float32)
+                feeds[f"past.{i}.{kind}"] = (cache * 40).astype(np.int8) if int8 else cache
         return feeds
 
     return [call(5, [3], [4, 0, 4]), call(4, [0, 0], [7, 3]), call(1, [6, 2], [0, 1])]
@@ -224,7 +226,8 @@ def rewrite_model() -> Callable[..., Rewritten]:
         common.ShapeInferencePass()(graph)
         for earlier in after:
             loader.load("passes.graph", earlier)().run(graph, PassContext())
-        return apply(name, graph, *calls_of(model.decoder, capacity))
+        int8 = model.cache_scales(0) is not None
+        return apply(name, graph, *calls_of(model.decoder, capacity, int8=int8))
 
     return make
 
