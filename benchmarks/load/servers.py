@@ -22,7 +22,7 @@ __all__ = ["OURS", "SERVERS", "Contender", "Launch", "Subject"]
 
 OURS = "llmopt"
 
-SLOTS = 16
+SLOTS = 32
 """Requests that ours runs at once."""
 
 CONTEXT = 2048

@@ -238,6 +238,9 @@ class Attention {
         call.shape(in[4]) != cache || cache[0] != query[0])
       return failed(api_, "shapes of query and cache do not fit together");
     const bool packed = in[1] == nullptr;
+    const int64_t own = query[0] * query[1] * kv_heads_ * cache[3];
+    if (call.size(in[5]) != query[0] || (!packed && (call.size(in[1]) != own || in[2] == nullptr || call.size(in[2]) != own)))
+      return failed(api_, "keys, values or lengths do not fit the queries");
     Problem p{};
     p.batch = query[0], p.tokens = query[1], p.kv_heads = kv_heads_, p.capacity = cache[2];
     p.columns = static_cast<int>(cache[3]), p.group = static_cast<int>(heads_ / kv_heads_);

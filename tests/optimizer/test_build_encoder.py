@@ -135,6 +135,7 @@ def test_a_gate_that_is_missed_leaves_the_build_rejected(place):
         ({"passes": "[gptq: {scheme: W4A16, group_size: 32}]"}, 5, "passes.0.gptq is for decoders"),
         ({"passes": "[round_to_nearest: {scheme: W8A16}, kv_cache: {}]"}, 5, "passes.1.kv_cache is for decoders"),
         ({"export": "checkpoint: {format: compressed-tensors}"}, 5, "export.0.checkpoint is for decoders"),
+        ({"export": "onnx: {kernels: llmopt}"}, 5, "kernels: llmopt is for decoders"),
         ({"passes": "[round_to_nearest: {scheme: FP8}]"}, 5, "input scales that are known in advance"),
         ({"passes": "[round_to_nearest: {scheme: W8A16, head: W8A16}]"}, 3, "head is given, but an encoder has none"),
         ({"export": "onnx: {pooling: cls}"}, 2, "the recipe asks for pooling: cls with normalize"),

@@ -9,12 +9,14 @@ import onnxruntime as ort
 import pytest
 
 from llmopt.exporters.onnx.exporter import Onnx
+from llmopt.optimizer import kernels
 from llmopt.optimizer.contracts import PassContext
 from llmopt.optimizer.errors import UnsupportedError, VerificationError
 from llmopt.optimizer.target import TARGETS
 from llmopt.passes.graph import fuse_activation
 from llmopt.runtime.backends.onnxruntime import open_backend
 
+OURS = TARGETS["cpu"].with_kernels()
 SCHEMES = [(None, {}), ("W8A8", {}), ("W8A16", {"group_size": 32}), ("W4A16_ASYM", {"group_size": 32})]
 
 
@@ -47,7 +49,9 @@ def test_the_engine_is_described_for_the_runtime(model_of, tmp_path):
     assert (engine.exporter, engine.target, engine.path) == ("onnx", "cpu", "engine/model.onnx")
     assert (engine.num_layers, engine.kv_heads, engine.head_dim, engine.kv_dtype) == (2, 2, 16, "float32")
     assert (engine.vocab_size, engine.capacity, engine.max_chunk, engine.min_chunk) == (512, 100, 100, 2)
-    session = ort.InferenceSession(tmp_path / engine.path, providers=["CPUExecutionProvider"])
+    options = ort.SessionOptions()
+    kernels.register(options)
+    session = ort.InferenceSession(tmp_path / engine.path, options, providers=["CPUExecutionProvider"])
     kinds = {"float32": "tensor(float)", "int64": "tensor(int64)"}
     for described, found in ((engine.inputs, session.get_inputs()), (engine.outputs, session.get_outputs())):
         assert [(t.name, kinds[t.dtype], t.dims) for t in described] == [(v.name, v.type, v.shape) for v in found]
@@ -110,7 +114,7 @@ def initializers(directory):
 
 def test_records_are_the_graph_passes_and_the_verification(model_of, tmp_path):
     _, records = exported(model_of("W8A8"), tmp_path, PassContext(verify="quick"))
-    assert [record.name for record in records] == [*TARGETS["cpu"].graph_passes, "verify_lowering"]
+    assert [record.name for record in records] == [*OURS.graph_passes, "verify_lowering"]
     verification = records[-1]
     assert verification.options == {"level": "quick"}
     assert not verification.changed
@@ -171,7 +175,37 @@ def test_wrong_options_are_refused(options):
 
 
 def test_the_target_is_what_executes_it():
-    assert Onnx().targets() == [TARGETS["cpu"]]
+    assert Onnx().targets() == Onnx(kernels="llmopt").targets() == [OURS]
+    assert Onnx(kernels="onnxruntime").targets() == Onnx(flavor="genai").targets() == [TARGETS["cpu"]]
+
+
+def test_every_onnx_runtime_loads_an_engine_with_its_own_kernels(model_of, tmp_path, ids, reference_logits):
+    model = model_of()
+    engine, _ = exported(model, tmp_path, kernels="onnxruntime")
+    assert kernels.FEATURE not in engine.features
+    assert ort.InferenceSession(tmp_path / engine.path, providers=["CPUExecutionProvider"]).get_inputs()
+    found = open_backend(tmp_path, engine, slots=1, capacity=16, threads=1).prefill(0, ids[0], 0, np.array([11]))
+    np.testing.assert_allclose(found, reference_logits(model, ids[:1])[:, -1], atol=1e-4)
+
+
+def test_without_a_compiler_engines_get_onnx_runtimes_kernels_and_say_so(model_of, tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, "library", lambda: None)
+    notes = []
+    engine, _ = exported(model_of(), tmp_path, PassContext(verify="quick", note=notes.append))
+    assert kernels.FEATURE not in engine.features
+    assert notes == ["kernels: onnxruntime, because llmopt was installed without a C++ compiler"]
+    assert "installed without a C++ compiler" in refusal(model_of(), kernels="llmopt").message
+
+
+def test_an_engine_of_our_kernels_is_refused_where_they_are_missing(model_of, tmp_path, monkeypatch):
+    engine, _ = exported(model_of(), tmp_path)
+    monkeypatch.setattr(kernels, "library", lambda: None)
+    with pytest.raises(UnsupportedError, match="this llmopt was installed without them"):
+        open_backend(tmp_path, engine, slots=1, capacity=16, threads=1)
+
+
+def test_genai_cannot_have_our_kernels(model_of):
+    assert "kernels: llmopt cannot be loaded by genai" in refusal(model_of(), kernels="llmopt", flavor="genai").message
 
 
 @pytest.mark.parametrize(
@@ -187,4 +221,4 @@ def test_an_engine_of_integers_says_what_its_kernels_were_chosen_for(
     ):
         monkeypatch.setattr(f"{module}.host_instructions", lambda: host)
     engine, _ = exported(model_of(scheme), tmp_path)
-    assert engine.features == features
+    assert engine.features == [kernels.FEATURE, *features]

@@ -42,7 +42,7 @@ def test_every_step_has_a_row_and_the_worst_is_named_last(run, recipe: Path, tmp
     names = [row[1] for line in shown.splitlines() if (row := re.match(r" *(\w+(?: \w+)?) +[\d.]+ +[\d.]+% ", line))]
     facts = json.loads((tmp_path / "it.json").read_text())
     assert [step["name"] for step in facts["steps"]] == [
-        "source model", "round_to_nearest", "standard graph", *TARGETS["cpu"].graph_passes,
+        "source model", "round_to_nearest", "standard graph", *TARGETS["cpu"].with_kernels().graph_passes,
     ]  # fmt: skip
     assert facts["worst"] == "round_to_nearest"
     assert facts["text"]["windows"] == 3

@@ -179,6 +179,18 @@ def test_tokens_beyond_the_cache_are_refused(attend, feeds, last):
         attend(given)
 
 
+def test_shapes_that_do_not_fit_together_are_refused(attend, feeds):
+    given = feeds([30], 5)
+    for name, array, reason in (
+        ("key", given["key"][:, :4], "keys, values or lengths do not fit the queries"),
+        ("query", given["query"][:, :, :64], "the query does not have the columns of its heads"),
+        ("past_value", given["past_value"][:, :1], "shapes of query and cache do not fit together"),
+        ("sines", given["sines"][:, :4], "the tables of cosines and sines do not fit the heads"),
+    ):
+        with pytest.raises(Exception, match=reason):
+            attend({**given, name: array})
+
+
 @pytest.mark.skipif("LLMOPT_KERNELS" in os.environ, reason="this is the run that the test starts")
 @pytest.mark.parametrize("lesser", ["avx2", "plain"])
 def test_other_instructions_pass_the_same_tests(lesser):
