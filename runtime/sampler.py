@@ -12,13 +12,15 @@ from types import MappingProxyType
 import numpy as np
 import numpy.typing as npt
 
+from llmopt.optimizer.kernels import GROUP, weigh_logits
 from llmopt.runtime.backends.base import FloatArray, IntArray
 
 __all__ = ["Row", "Sampling", "TokenLogprob", "sample", "score"]
 
-_BLOCK = 64
 _FEW = 512
 """Weights that are sorted rather than parted."""
+_BOUNDS = (1e-2, 1e-3)
+"""Shares of the largest weight: tokens of more are most often all that a draw with top_p needs to look at."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,7 +183,7 @@ def _bound(values: FloatArray, count: int) -> np.float32:
     The ``count``-th largest of the blocks' maxima: at least that many blocks have a value there or above. Partitioning
     a few hundred maxima costs a tenth of partitioning the vocabulary.
     """
-    maxima = np.maximum.reduceat(values, np.arange(0, len(values), _BLOCK)) if len(values) > _BLOCK * count else values
+    maxima = np.maximum.reduceat(values, np.arange(0, len(values), GROUP)) if len(values) > GROUP * count else values
     return np.float32(np.partition(maxima, -count)[-count])
 
 
@@ -200,6 +202,84 @@ def _changed(logits: FloatArray, rows: Sequence[Row]) -> FloatArray:
     return changed
 
 
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    """What tokens weigh in a draw.
+
+    Attributes:
+        values: float32 ``[rows, vocab]``, not normalized, a row's largest is 1.
+        sums: Of each ``GROUP`` neighbors, float64 ``[rows, groups]``.
+        largest: The same, float32.
+    """
+
+    values: FloatArray
+    sums: npt.NDArray[np.float64]
+    largest: FloatArray
+
+    @classmethod
+    def of(cls, logits: FloatArray, temperatures: FloatArray) -> "_Weights":
+        """Of logits float32 ``[rows, vocab]`` at each row's temperature."""
+        made = weigh_logits(np.ascontiguousarray(logits), temperatures)
+        if made is not None:
+            return cls(*made)
+        values = logits - logits.max(axis=1, keepdims=True)
+        values /= temperatures[:, None]
+        np.exp(values, out=values)
+        starts = np.arange(0, values.shape[1], GROUP)
+        sums = np.add.reduceat(values, starts, axis=1, dtype=np.float64)
+        return cls(values, sums, np.maximum.reduceat(values, starts, axis=1))
+
+    def row(self, number: int) -> "_RowWeights":
+        """One row's."""
+        return _RowWeights(self.values[number], self.sums[number], self.largest[number])
+
+
+@dataclass(frozen=True, slots=True)
+class _RowWeights:
+    """One row of ``_Weights``."""
+
+    values: FloatArray
+    sums: npt.NDArray[np.float64]
+    largest: FloatArray
+
+    def at_least(self, bound: float) -> IntArray:
+        """The tokens that weigh so much, in order; groups without one are not looked at."""
+        groups = np.flatnonzero(self.largest >= bound)
+        if 2 * len(groups) > len(self.largest):
+            return np.flatnonzero(self.values >= bound)
+        tokens = (groups[:, None] * GROUP + np.arange(GROUP)).ravel()
+        tokens = tokens[: int(np.searchsorted(tokens, len(self.values)))]  # the last group may be shorter
+        found: IntArray = tokens[self.values[tokens] >= bound]
+        return found
+
+    def holding(self, share: float, total: float) -> IntArray:
+        """Tokens among which are the fewest that hold ``share`` of ``total``, the sum of all; few, where few do."""
+        for bound in _BOUNDS:
+            tokens = self.at_least(bound)
+            if self.values[tokens].sum(dtype=np.float64) >= share * total:
+                return tokens
+        # All tokens below this hold less than the rest together.
+        return self.at_least((1 - share) * total / len(self.values))
+
+    def kth_largest(self, k: int) -> float:
+        """The k-th largest, or 0 when k sets no limit."""
+        if not 0 < k < len(self.values):
+            return 0.0
+        # At least k groups, or tokens, reach the k-th largest of the groups' maxima.
+        maxima = self.largest if len(self.largest) >= k else self.values
+        bound = float(np.partition(maxima, -k)[-k])
+        return float(np.partition(self.values[self.at_least(bound)], -k)[-k])
+
+    def invert(self, uniform: float) -> int:
+        """``_invert`` of the cumulative sum of all, of which only one group's is computed."""
+        sums = np.cumsum(self.sums)
+        group = _invert(sums, uniform)
+        before = sums[group - 1] if group else 0.0
+        inside = before + np.cumsum(self.values[group * GROUP : (group + 1) * GROUP], dtype=np.float64)
+        place = int(np.searchsorted(inside, uniform * sums[-1], side="right"))
+        return group * GROUP + min(place, len(inside) - 1)
+
+
 def _draw(logits: FloatArray, rows: Sequence[Row]) -> IntArray:
     """Draw one token per row: temperature, then min_p and top_k, then top_p of what they left.
 
@@ -207,33 +287,29 @@ def _draw(logits: FloatArray, rows: Sequence[Row]) -> IntArray:
         logits: float32 ``[rows, vocab]``; not modified.
         rows: None of them greedy.
     """
-    temperature = np.array([row.sampling.temperature for row in rows], np.float32)
-    weights = logits - logits.max(axis=1, keepdims=True)
-    weights /= temperature[:, None]
-    np.exp(weights, out=weights)
-    return np.array([_draw_one(row_weights, row) for row_weights, row in zip(weights, rows, strict=True)])
+    weights = _Weights.of(logits, np.array([row.sampling.temperature for row in rows], np.float32))
+    return np.array([_draw_one(weights.row(number), row) for number, row in enumerate(rows)])
 
 
-def _draw_one(weights: FloatArray, row: Row) -> int:
-    """Draw a token by inverting the cumulative sum of the weights that the row's limits leave.
-
-    Args:
-        weights: float32 ``[vocab]``, not normalized, the largest is 1.
-        row: Whose limits and generator are used.
-    """
+def _draw_one(weights: _RowWeights, row: Row) -> int:
+    """Draw a token by inverting the cumulative sum of the weights that the row's limits leave."""
     options, uniform = row.sampling, row.generator.random()
-    floor = max(options.min_p, _kth_largest(weights, options.top_k))
+    floor = max(options.min_p, weights.kth_largest(options.top_k))
     if floor == 0 and options.top_p == 1:
-        return _invert_by_blocks(weights, uniform)
-    tokens = np.flatnonzero(weights >= floor)
-    weights = weights[tokens]
-    if options.top_p == 1:
-        return int(tokens[_invert(np.cumsum(weights, dtype=np.float64), uniform)])
-    nucleus = _nucleus(weights, options.top_p)
-    return int(tokens[nucleus[_invert(np.cumsum(weights[nucleus], dtype=np.float64), uniform)]])
+        return weights.invert(uniform)
+    if floor > 0:
+        tokens, total = weights.at_least(floor), None
+    else:
+        total = float(weights.sums.sum())
+        tokens = weights.holding(options.top_p, total)
+    left = weights.values[tokens]
+    if options.top_p < 1:
+        nucleus = _nucleus(left, options.top_p, total)
+        tokens, left = tokens[nucleus], left[nucleus]
+    return int(tokens[_invert(np.cumsum(left, dtype=np.float64), uniform)])
 
 
-def _nucleus(weights: FloatArray, share: float) -> IntArray:
+def _nucleus(weights: FloatArray, share: float, total: float | None) -> IntArray:
     """The fewest largest weights that hold ``share`` of the sum; of equal ones, those that come first.
 
     Weights are parted at their mean, and the part that the share is reached in is parted again, until few are left to
@@ -242,13 +318,14 @@ def _nucleus(weights: FloatArray, share: float) -> IntArray:
     Args:
         weights: float32 ``[tokens]``, none below 0.
         share: Above 0, at most 1.
+        total: The sum of these and of others, none of which can be in the nucleus; None where there are no others.
 
     Returns:
         int64, their places in ascending order.
     """
-    total = weights.sum(dtype=np.float64)
-    # All weights below this hold less than 1 - share together.
-    unsure = np.flatnonzero(weights >= (1 - share) * total / len(weights))
+    if total is None:
+        total = float(weights.sum(dtype=np.float64))
+    unsure = np.arange(len(weights))
     is_inside, held = np.zeros(len(weights), np.bool_), 0.0
     while len(unsure) > _FEW:
         values = weights[unsure]
@@ -267,24 +344,7 @@ def _nucleus(weights: FloatArray, share: float) -> IntArray:
     return np.flatnonzero(is_inside)
 
 
-def _kth_largest(weights: FloatArray, k: int) -> float:
-    """The k-th largest weight, or 0 when k sets no limit."""
-    if not 0 < k < len(weights):
-        return 0.0
-    return float(np.partition(weights[weights >= _bound(weights, k)], -k)[-k])
-
-
 def _invert(cumulative: npt.NDArray[np.float64], uniform: float) -> int:
     """The first place whose cumulative sum is above ``uniform`` times the total."""
     place = int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
     return min(place, len(cumulative) - 1)
-
-
-def _invert_by_blocks(weights: FloatArray, uniform: float) -> int:
-    """``_invert`` of all weights' cumulative sum, of which only one block is computed."""
-    sums = np.cumsum(np.add.reduceat(weights, np.arange(0, len(weights), _BLOCK), dtype=np.float64))
-    block = _invert(sums, uniform)
-    before = sums[block - 1] if block else 0.0
-    inside = before + np.cumsum(weights[block * _BLOCK : (block + 1) * _BLOCK], dtype=np.float64)
-    place = int(np.searchsorted(inside, uniform * sums[-1], side="right"))
-    return block * _BLOCK + min(place, len(inside) - 1)

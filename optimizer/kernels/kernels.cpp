@@ -53,6 +53,7 @@ namespace avx512 {
 #include "vector.h"
 #include "attention_body.h"
 #include "quantize_body.h"
+#include "sampling_body.h"
 }
 #undef LLMOPT_LANES
 #pragma GCC pop_options
@@ -63,6 +64,7 @@ namespace avx2 {
 #include "vector.h"
 #include "attention_body.h"
 #include "quantize_body.h"
+#include "sampling_body.h"
 }
 #undef LLMOPT_LANES
 #pragma GCC pop_options
@@ -72,6 +74,7 @@ namespace plain {
 #include "vector.h"
 #include "attention_body.h"
 #include "quantize_body.h"
+#include "sampling_body.h"
 }
 #undef LLMOPT_LANES
 
@@ -88,6 +91,7 @@ struct Kernels {
   void (*quantize_gated_row)(const float*, float, int64_t, float*, uint8_t*, float*);
   void (*quantize_normed_row)(const float*, float, const float*, const float*, float, int64_t, float*, float*, uint8_t*,
                               float*);
+  void (*weigh_logits)(const float*, int64_t, float, float*, double*, float*);
 };
 
 size_t aligned(size_t floats) { return (floats + 15) / 16 * 16; }
@@ -116,7 +120,7 @@ Scratch divided(const Problem& p, int tokens, float* memory) {
         [](const Problem& p, int64_t b, int64_t h, int64_t first, int n, float* memory) {                           \
           space::attend<int8_t>(p, b, h, first, n, divided<space::Scratch>(p, n, memory));                          \
         },                                                                                                          \
-        space::quantize_row, space::quantize_gated_row, space::quantize_normed_row                                  \
+        space::quantize_row, space::quantize_gated_row, space::quantize_normed_row, space::weigh_logits             \
   }
 
 // The best set this CPU has; LLMOPT_KERNELS=avx2 or plain asks for a lesser one, for tests.
@@ -507,4 +511,15 @@ __attribute__((visibility("default"))) ort::Status* RegisterCustomOps(ort::Sessi
 
 // Which set of instructions the kernels use here: avx512, avx2 or plain.
 __attribute__((visibility("default"))) const char* llmopt_instructions() { return kernels().name; }
+
+// For the sampler, outside of ONNX Runtime: rows of logits become weights (sampling_body.h). Sums and largest have a number
+// for every 64 columns of a row, the last of which may be fewer.
+__attribute__((visibility("default"))) void llmopt_weigh_logits(const float* logits, int64_t rows, int64_t columns,
+                                                                const float* temperatures, float* weights, double* sums,
+                                                                float* largest) {
+  const int64_t groups = (columns + 63) / 64;
+  for (int64_t row = 0; row < rows; row++)
+    kernels().weigh_logits(logits + row * columns, columns, temperatures[row], weights + row * columns,
+                           sums + row * groups, largest + row * groups);
+}
 }

@@ -61,6 +61,11 @@ static inline void store_bytes(uint8_t* to, Vector x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtusepi32_epi8(whole));
 }
 
+// What is kept, in the lanes in which x is at least bound, elsewhere 0.
+static inline Vector where_at_least(Vector x, float bound, Vector kept) {
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, _mm512_set1_ps(bound), _CMP_GE_OQ), kept.v)};
+}
+
 constexpr int kRows = 6, kColumns = 4;  // of a block of a product that stays in registers, columns in vectors
 
 #elif LLMOPT_LANES == 8
@@ -127,6 +132,10 @@ static inline void store_bytes(uint8_t* to, Vector x) {
   const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), bytes);
 }
+static inline Vector where_at_least(Vector x, float bound, Vector kept) {
+  const __m256 least = _mm256_set1_ps(bound);
+  return {_mm256_and_ps(_mm256_cmp_ps(x.v, least, _CMP_GE_OQ), kept.v), _mm256_and_ps(_mm256_cmp_ps(x.w, least, _CMP_GE_OQ), kept.w)};
+}
 
 constexpr int kRows = 3, kColumns = 2;
 
@@ -155,6 +164,7 @@ static inline Vector scaled(Vector x, Vector n) { LLMOPT_EACH(ldexpf(x.v[i], sta
 static inline Vector between(Vector x, int first, int last, float filling) {
   LLMOPT_EACH(i >= first && i < last ? x.v[i] : filling)
 }
+static inline Vector where_at_least(Vector x, float bound, Vector kept) { LLMOPT_EACH(x.v[i] >= bound ? kept.v[i] : 0) }
 #undef LLMOPT_EACH
 static inline float sum(Vector x) {
   float total = 0;
@@ -181,7 +191,7 @@ constexpr int kRows = 2, kColumns = 2;
 
 #endif
 
-// e to the power of x: Cephes' polynomial behind a reduction by ln 2. Off by 2e-7 of the result at most; exactly 1 for 0;
+// e to the power of x, at most 87: Cephes' polynomial behind a reduction by ln 2. Off by 2e-7 of the result at most; exactly 1 for 0;
 // 1e-38 for everything below -87; a NaN stays.
 static inline Vector exponential(Vector x) {
   x = max(all(-87.0f), x);

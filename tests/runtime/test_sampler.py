@@ -8,6 +8,13 @@ from llmopt.runtime.sampler import Row, Sampling, sample, score
 VOCAB = 300
 
 
+@pytest.fixture(params=["our kernel", "numpy"], autouse=True)
+def _weights_of(request, monkeypatch):
+    """Every test runs where llmopt has its library and where it has not."""
+    if request.param == "numpy":
+        monkeypatch.setattr("llmopt.runtime.sampler.weigh_logits", lambda logits, temperatures: None)
+
+
 def naive(logits, sampling, prompt, output, uniform, blocked=()):
     """One row at a time, sorting everything, in float64."""
     x = [float(v) for v in logits]
