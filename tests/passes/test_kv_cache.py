@@ -112,7 +112,7 @@ def test_every_family_runs_it_or_refuses_it_by_name(
     found = quantized(model)
     (tmp_path / "build").mkdir()
     engine, _ = Onnx(capacity=CAPACITY).export(found, tmp_path / "build", PassContext(fallback=pytest.fail))
-    assert (engine.kv_dtype, engine.features) == ("int8", ["int8_kv"])
+    assert (engine.kv_dtype, engine.features) == ("int8", ["int8_kv", "kernels"])
     backend = open_backend(tmp_path / "build", engine, slots=2, capacity=CAPACITY, threads=1)
     expected = logits(found)
     rows = [backend.prefill(0, row, 0, np.arange(len(row))) for row in IDS]
