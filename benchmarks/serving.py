@@ -26,6 +26,8 @@ from llmopt.runtime.text import Tokenizer
 
 __all__ = ["main"]
 
+_RECIPE = f"{DEFAULT_MODEL}-int8-kv-int8.yaml"
+
 
 def compare(entrants: Sequence[Entrant], subject: Subject, workload: Workload, plan: Plan, *, rounds: int) -> None:
     """Start the servers and measure all rounds; who goes first alternates. What was measured is in the entrants."""
@@ -75,7 +77,7 @@ def main() -> None:
     """Make what is missing, measure, print the tables, write the figures."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="a folder with load_azure_conv and chat_*")
-    parser.add_argument("--build", type=Path, help=f"omitted: recipes/{DEFAULT_MODEL}-int8-kv-int8.yaml is built")
+    parser.add_argument("--build", type=Path, help=f"omitted: recipes/{_RECIPE} is built")
     parser.add_argument("--servers", nargs="*", default=[], help=f"besides ours, of {', '.join(SERVERS)}; omitted: all")
     parser.add_argument(
         "--loads",
@@ -92,7 +94,7 @@ def main() -> None:
     out, names = arguments.out, dict.fromkeys([OURS, *(arguments.servers or SERVERS)])
     if unknown := names.keys() - SERVERS.keys():
         parser.error(f"no such server: {', '.join(sorted(unknown))}")
-    directory = arguments.build or build(RECIPES / f"{DEFAULT_MODEL}-int8-kv-int8.yaml", out)[0]
+    directory = arguments.build or build(RECIPES / _RECIPE, out)[0]
     folder = out / "bench" / "serving"
     folder.mkdir(parents=True, exist_ok=True)
     subject = Subject(directory, source_model(directory), out, arguments.threads)

@@ -77,8 +77,7 @@ def _session(graph: ir.Model, name: str, threads: int) -> Any:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = threads
     options.log_severity_level = 4
-    if kernels.library() is not None:
-        kernels.register(options)
+    kernels.register(options)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         ir.save(graph, path, external_data="model.onnx.data")

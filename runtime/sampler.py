@@ -173,18 +173,18 @@ def _largest(values: FloatArray, count: int) -> IntArray:
     """Indices of the ``count`` largest values, largest first, the lower index first where values are equal."""
     if count == 0:
         return np.empty(0, np.int64)
-    found = np.flatnonzero(values >= _bound(values, min(count, len(values))))
+    maxima = np.maximum.reduceat(values, np.arange(0, len(values), GROUP))
+    found = np.flatnonzero(values >= _bound(values, maxima, min(count, len(values))))
     return found[np.argsort(-values[found], kind="stable")[:count]]
 
 
-def _bound(values: FloatArray, count: int) -> np.float32:
+def _bound(values: FloatArray, maxima: FloatArray, count: int) -> np.float32:
     """A bound that at least ``count`` values reach, and few others.
 
-    The ``count``-th largest of the blocks' maxima: at least that many blocks have a value there or above. Partitioning
-    a few hundred maxima costs a tenth of partitioning the vocabulary.
+    The ``count``-th largest of the groups' ``maxima``: at least that many groups have a value there or above.
+    Partitioning a few hundred maxima costs a tenth of partitioning the vocabulary.
     """
-    maxima = np.maximum.reduceat(values, np.arange(0, len(values), GROUP)) if len(values) > GROUP * count else values
-    return np.float32(np.partition(maxima, -count)[-count])
+    return np.float32(np.partition(maxima if len(maxima) >= count else values, -count)[-count])
 
 
 def _pick(logits: FloatArray, rows: list[int]) -> FloatArray:
@@ -242,7 +242,7 @@ class _RowWeights:
     sums: npt.NDArray[np.float64]
     largest: FloatArray
 
-    def at_least(self, bound: float) -> IntArray:
+    def at_least(self, bound: float | np.float32) -> IntArray:
         """The tokens that weigh so much, in order; groups without one are not looked at."""
         groups = np.flatnonzero(self.largest >= bound)
         if 2 * len(groups) > len(self.largest):
@@ -265,10 +265,7 @@ class _RowWeights:
         """The k-th largest, or 0 when k sets no limit."""
         if not 0 < k < len(self.values):
             return 0.0
-        # At least k groups, or tokens, reach the k-th largest of the groups' maxima.
-        maxima = self.largest if len(self.largest) >= k else self.values
-        bound = float(np.partition(maxima, -k)[-k])
-        return float(np.partition(self.values[self.at_least(bound)], -k)[-k])
+        return float(np.partition(self.values[self.at_least(_bound(self.values, self.largest, k))], -k)[-k])
 
     def invert(self, uniform: float) -> int:
         """``_invert`` of the cumulative sum of all, of which only one group's is computed."""

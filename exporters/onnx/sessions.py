@@ -54,8 +54,7 @@ class Sessions:
         # A packed copy of every weight would double the layer's memory.
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        if kernels.library() is not None:
-            kernels.register(options)
+        kernels.register(options)
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self._folder))
         return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 

@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llmopt.optimizer.errors import UnsupportedError
-
 __all__ = ["DOMAIN", "FEATURE", "GROUP", "instructions", "library", "register", "weigh_logits"]
 
 DOMAIN = "llmopt.kernels"
@@ -20,7 +18,7 @@ FEATURE = "kernels"
 """The feature of an engine that needs the library."""
 
 GROUP = 64
-"""Neighboring weights that ``weigh_logits`` sums."""
+"""Neighboring weights that ``weigh_logits`` sums: kGroup in ``kernels.cpp``."""
 
 
 def library() -> Path | None:
@@ -31,16 +29,11 @@ def library() -> Path | None:
 def register(options: Any) -> None:
     """Let sessions made with ``options``, an ``onnxruntime.SessionOptions``, have graphs with these operators.
 
-    Raises:
-        UnsupportedError: llmopt was installed without the library.
+    Where llmopt was installed without the library there is nothing to let them have.
     """
     path = library()
-    if path is None:
-        raise UnsupportedError(
-            "the engine uses llmopt's kernels, and this llmopt was installed without them",
-            hint="install a C++ compiler and llmopt again, or build the engine with kernels: onnxruntime",
-        )
-    options.register_custom_ops_library(str(path))
+    if path is not None:
+        options.register_custom_ops_library(str(path))
 
 
 def instructions() -> str:

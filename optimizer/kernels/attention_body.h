@@ -5,8 +5,6 @@
 // the cache, sums run over a block's keys one after the other, and what a row does not see counts as zero. So a token's
 // result has the same bits alone, in any chunk of a prompt and in any batch.
 
-constexpr int kBlock = 64;
-
 struct Scratch {
   float *keys, *values, *queries, *scores, *sums;  // [columns][kBlock], [kBlock][columns], [rows][columns|kBlock|columns]
   float *most, *total;                             // [rows]
@@ -51,15 +49,6 @@ static void multiply(const float* a, size_t lda, const float* b, size_t ldb, flo
   for (; i < rows; i++) multiply_rows<1>(a + i * lda, lda, b, ldb, c + i * ldc, ldc, depth, width);
 }
 
-// Sixteen columns of a row of the cache from column first on; beyond the row's end zeros.
-template <class Cache>
-static inline Vector columns_of(const Cache* row, int first, int columns) {
-  if (first + 16 <= columns) return load(row + first);
-  float lanes[16] = {};
-  for (int i = first; i < columns; i++) lanes[i - first] = static_cast<float>(row[i]);
-  return load(lanes);
-}
-
 // keys[column][key] of count keys, the others zero.
 template <class Cache>
 static void read_keys(const Cache* cache, int count, int columns, float* keys) {
@@ -67,7 +56,7 @@ static void read_keys(const Cache* cache, int count, int columns, float* keys) {
     for (int first = 0; first < columns; first += 16) {
       Vector lines[16];
       for (int i = 0; i < 16; i++)
-        lines[i] = key + i < count ? columns_of(cache + size_t(key + i) * columns, first, columns) : all(0);
+        lines[i] = key + i < count ? line_of(cache + size_t(key + i) * columns, first, columns) : all(0);
       transpose(lines, keys + size_t(first) * kBlock + key, kBlock);
     }
   }
@@ -102,7 +91,7 @@ template <class Cache>
 static void read_values(const Cache* cache, int count, int columns, int width, float* values) {
   for (int key = 0; key < count; key++)
     for (int first = 0; first < columns; first += 16)
-      store(values + size_t(key) * width + first, columns_of(cache + size_t(key) * columns, first, columns));
+      store(values + size_t(key) * width + first, line_of(cache + size_t(key) * columns, first, columns));
 }
 
 // x rotated by the angles of a position, the columns behind them as they are.

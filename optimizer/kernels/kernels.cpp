@@ -23,6 +23,9 @@
 
 namespace {
 
+constexpr int kBlock = 64;  // keys that attention looks at together
+constexpr int kGroup = 64;  // weights that the sampler has the sum and the largest of
+
 // One call of attention. Strides are in floats, from one token to the next.
 struct Problem {
   const float *query, *key, *value;
@@ -98,15 +101,15 @@ size_t aligned(size_t floats) { return (floats + 15) / 16 * 16; }
 
 size_t scratch_floats(const Problem& p, int tokens) {
   const size_t rows = size_t(tokens) * p.group, width = p.width();
-  return 128 * width + rows * (2 * width + 64) + 2 * aligned(rows);
+  return 2 * kBlock * width + rows * (2 * width + kBlock) + 2 * aligned(rows);
 }
 
 template <class Scratch>
 Scratch divided(const Problem& p, int tokens, float* memory) {
   const size_t rows = size_t(tokens) * p.group, width = p.width();
   Scratch s;
-  s.keys = memory, s.values = s.keys + 64 * width, s.queries = s.values + 64 * width;
-  s.scores = s.queries + rows * width, s.sums = s.scores + rows * 64, s.most = s.sums + rows * width;
+  s.keys = memory, s.values = s.keys + kBlock * width, s.queries = s.values + kBlock * width;
+  s.scores = s.queries + rows * width, s.sums = s.scores + rows * kBlock, s.most = s.sums + rows * width;
   s.total = s.most + aligned(rows);
   return s;
 }
@@ -513,11 +516,11 @@ __attribute__((visibility("default"))) ort::Status* RegisterCustomOps(ort::Sessi
 __attribute__((visibility("default"))) const char* llmopt_instructions() { return kernels().name; }
 
 // For the sampler, outside of ONNX Runtime: rows of logits become weights (sampling_body.h). Sums and largest have a number
-// for every 64 columns of a row, the last of which may be fewer.
+// for every kGroup columns of a row, the last of which may be fewer.
 __attribute__((visibility("default"))) void llmopt_weigh_logits(const float* logits, int64_t rows, int64_t columns,
                                                                 const float* temperatures, float* weights, double* sums,
                                                                 float* largest) {
-  const int64_t groups = (columns + 63) / 64;
+  const int64_t groups = (columns + kGroup - 1) / kGroup;
   for (int64_t row = 0; row < rows; row++)
     kernels().weigh_logits(logits + row * columns, columns, temperatures[row], weights + row * columns,
                            sums + row * groups, largest + row * groups);

@@ -30,7 +30,6 @@ enum Position {
   kCustomOpDomainAdd = 27,
   kAddCustomOpDomain = 28,
   kGetTensorMutableData = 51,
-  kGetTensorElementType = 60,
   kGetDimensionsCount = 61,
   kGetDimensions = 62,
   kGetTensorTypeAndShape = 65,
@@ -50,10 +49,10 @@ Result call(const Api* api, Position position, Arguments... arguments) {
 }
 
 // ONNXTensorElementDataType
-enum Type : int { kAny = 0, kFloat = 1, kUint8 = 2, kInt8 = 3, kInt32 = 6 };
+enum Type : int { kFloat = 1, kUint8 = 2, kInt8 = 3, kInt32 = 6 };
 
 // OrtErrorCode
-enum Code : int { kFail = 1, kInvalidArgument = 2 };
+enum Code : int { kInvalidArgument = 2 };
 
 // OrtCustomOpInputOutputCharacteristic
 enum Characteristic : int { kRequired = 0, kOptional = 1 };

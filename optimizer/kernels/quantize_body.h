@@ -5,13 +5,6 @@
 // Whatever makes the row is computed on the way, while it is in the first-level cache. A row is handled in vectors of 16
 // columns; what is behind its end counts as zero.
 
-static inline Vector line_of(const float* x, int64_t first, int64_t columns) {
-  if (first + 16 <= columns) return load(x + first);
-  float lanes[16] = {};
-  memcpy(lanes, x + first, (columns - first) * sizeof(float));
-  return load(lanes);
-}
-
 static inline void keep(float* x, int64_t first, int64_t columns, Vector line) {
   if (first + 16 <= columns) return store(x + first, line);
   float lanes[16];

@@ -1,11 +1,10 @@
 // The weights of a row of logits at a temperature, for the sampler. Included behind quantize_body.h.
 
-// weights[i] = exp((logits[i] - the largest) / temperature), 0 where that is below exp(-87); of every 64 of them the sum and
-// the largest.
+// weights[i] = exp((logits[i] - the largest) / temperature), 0 where that is below exp(-87); of every kGroup of them the sum
+// and the largest.
 static void weigh_logits(const float* logits, int64_t columns, float temperature, float* weights, double* sums,
                          float* largest_of) {
-  constexpr int kGroup = 64;
-  Vector top = line_of(logits, 0, std::min<int64_t>(columns, 16));
+  Vector top = line_of(logits, int64_t(0), std::min<int64_t>(columns, 16));
   if (columns < 16) top = between(top, 0, static_cast<int>(columns), logits[0]);
   int64_t first = 16;
   for (; first + 16 <= columns; first += 16) top = max(top, load(logits + first));

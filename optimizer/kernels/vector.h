@@ -215,3 +215,12 @@ static inline Vector divided(Vector x, Vector divisor, Vector inverse) {
   return fma(fma(all(0) - nearly, divisor, x), inverse, nearly);
 #endif
 }
+
+// Sixteen columns of a row from column first on; beyond the row's end zeros.
+template <class Number, class Index>
+static inline Vector line_of(const Number* row, Index first, Index columns) {
+  if (first + 16 <= columns) return load(row + first);
+  float lanes[16] = {};
+  for (Index i = first; i < columns; i++) lanes[i - first] = static_cast<float>(row[i]);
+  return load(lanes);
+}

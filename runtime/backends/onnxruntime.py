@@ -48,8 +48,7 @@ def open_backend(
     if slots < 1:
         raise InputError(f"at least one slot is needed, not {slots}")
     check_features(engine.features)
-    own = kernels.FEATURE in engine.features
-    session = open_session(directory / engine.path, engine.target, threads, packed=packed, own_kernels=own)
+    session = open_session(directory / engine.path, engine.target, threads, packed=packed)
     return OnnxRuntimeBackend(session, engine, slots=slots, capacity=capacity)
 
 
@@ -63,6 +62,11 @@ def check_features(features: Sequence[str]) -> None:
         raise UnsupportedError(
             f"the engine needs what this llmopt does not know: {', '.join(unknown)}", hint="install a newer llmopt"
         )
+    if kernels.FEATURE in features and kernels.library() is None:
+        raise UnsupportedError(
+            "the engine uses llmopt's kernels, and this llmopt was installed without them",
+            hint="install a C++ compiler and llmopt again, or build the engine with kernels: onnxruntime",
+        )
     if VNNI in features and host_instructions() != VNNI:
         raise UnsupportedError(
             "the engine was lowered for a CPU with VNNI: on this one its integer products would overflow, or its rows "
@@ -71,12 +75,12 @@ def check_features(features: Sequence[str]) -> None:
         )
 
 
-def open_session(path: Path, target: str, threads: int, *, packed: bool = True, own_kernels: bool = False) -> Any:
+def open_session(path: Path, target: str, threads: int, *, packed: bool = True) -> Any:
     """An ONNX Runtime session of the graph in ``path``; see ``open_backend``.
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
-        UnsupportedError: It cannot load the graph, or llmopt has not the kernels that the graph uses.
+        UnsupportedError: It cannot load the graph.
     """
     try:
         import onnxruntime as ort
@@ -96,8 +100,7 @@ def open_session(path: Path, target: str, threads: int, *, packed: bool = True, 
     # Between two runs the cores belong to the server; idle worker threads that spin would take them.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.add_session_config_entry("session.disable_prepacking", str(int(not packed)))
-    if own_kernels:
-        kernels.register(options)
+    kernels.register(options)
     try:
         return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except ort_errors() as error:
