@@ -63,12 +63,17 @@ class Engine(_Entry):
     kv_layout: Literal["slots"] = "slots"
     vocab_size: int
     capacity: int = Field(description="The longest sequence, in tokens: the slot size may be anything up to it.")
+    slots: int | None = Field(None, description="Most sequences in one decode call; null: any number.")
     max_chunk: int = Field(description="Most tokens in one prefill call.")
     min_chunk: int = Field(description="Fewest tokens in a prefill call that keep results bit-exact.")
     batch_invariant: bool = Field(
         True, description="Whether a row's results are the same bits whatever else is in its batch."
     )
     features: list[str] = []
+    compiled: dict[str, str] = Field(
+        {},
+        description="What was compiled from the graph in path, by GPU, as sm89: files relative to the build directory.",
+    )
 
 
 class EncoderEngine(_Entry):
