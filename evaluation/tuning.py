@@ -133,7 +133,7 @@ def tune(search: Search, progress: Progress) -> list[Trial]:
         ResourceError: Memory, disk or time ran out; a later run continues.
     """
     recipe = Recipe.load(search.recipe, search.overrides)
-    if not any(item.instance.targets() for item in recipe.export):
+    if not any(item.instance.executors() for item in recipe.export):
         raise InputError(
             f"{search.recipe} exports no engine, and a search measures the size and speed of one",
             hint="add onnx to its export",

@@ -164,7 +164,7 @@ class Exporter(_Options):
         """Raise ``UnsupportedError`` or ``PassError`` when ``model`` cannot be exported. Cheap."""
 
     @abstractmethod
-    def targets(self) -> list[Target]:
+    def executors(self) -> list[Target]:
         """What executes the result; empty for checkpoints."""
 
     def refusal(
@@ -181,7 +181,7 @@ class Exporter(_Options):
             experts: Whether it is an expert.
             shape: Its weight's; None before a model is known.
         """
-        reasons = (target.refusal(scheme, experts=experts) for target in self.targets())
+        reasons = (target.refusal(scheme, experts=experts) for target in self.executors())
         return next((reason for reason in reasons if reason is not None), None)
 
     def longest(self, model: "Model") -> int | None:  # noqa: ARG002 - for those that have an engine

@@ -129,6 +129,10 @@ PRESETS: dict[str, Scheme] = {
         weights=QuantSpec(num_bits=8, strategy="channel"),
         input_activations=QuantSpec(num_bits=8, strategy="token", dynamic=True),
     ),
+    "W8A8_STATIC": Scheme(
+        weights=QuantSpec(num_bits=8, strategy="channel"),
+        input_activations=QuantSpec(num_bits=8, strategy="tensor"),
+    ),
     "W8A16": Scheme(weights=QuantSpec(num_bits=8, strategy="channel")),
     "W4A16": Scheme(weights=QuantSpec(num_bits=4, strategy="group", group_size=128)),
     "W4A16_ASYM": Scheme(weights=QuantSpec(num_bits=4, strategy="group", group_size=128, symmetric=False)),
@@ -141,7 +145,7 @@ PRESETS: dict[str, Scheme] = {
         input_activations=_fp8(strategy="group", group_size=128, dynamic=True),
     ),
 }
-"""compressed-tensors' presets of these names; it has none for 2 and 3 bits."""
+"""compressed-tensors' presets of these names; it has none for 2 and 3 bits, nor for int8 inputs on static scales."""
 
 
 def preset(name: str) -> Scheme:

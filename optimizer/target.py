@@ -1,10 +1,19 @@
 """What will execute an engine, and which schemes it can run."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 from llmopt.optimizer.scheme import Scheme
+from llmopt.optimizer.scheme_rules import cpu_refusal, tensorrt_refusal
 
 __all__ = ["TARGETS", "Target"]
+
+
+class _Rules(Protocol):
+    """Why a target cannot run a scheme, or None; see ``optimizer/scheme_rules.py``."""
+
+    def __call__(self, scheme: Scheme, *, experts: bool) -> str | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,63 +24,34 @@ class Target:
         name: As in a recipe.
         graph_passes: The graph passes its lowering of decoders consists of, in order: file names in ``passes/graph/``.
         encoder_passes: Those of its lowering of encoders.
+        rules: Which schemes its kernels run.
+        options: Of graph passes that need some, by name.
     """
 
     name: str
     graph_passes: tuple[str, ...]
     encoder_passes: tuple[str, ...]
+    rules: _Rules
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def with_kernels(self) -> "Target":
         """The same with llmopt's own kernels at the end of the lowering of decoders."""
         return replace(self, graph_passes=(*self.graph_passes, "use_kernels"))
 
+    def in_precision(self, dtype: str) -> "Target":
+        """The same computing in ``float16``, ``bfloat16`` or, for comparing, ``float32``."""
+        if dtype == "float32":
+            kept = (tuple(name for name in each if name != _HALF) for each in (self.graph_passes, self.encoder_passes))
+            graph_passes, encoder_passes = kept
+            return replace(self, graph_passes=graph_passes, encoder_passes=encoder_passes)
+        return replace(self, options={**self.options, _HALF: {"dtype": dtype}})
+
     def refusal(self, scheme: Scheme, *, experts: bool = False) -> str | None:
         """Why this target cannot run ``scheme`` in a linear, or in the experts of a mixture; None when it can."""
-        if experts and scheme.input_activations is not None:
-            return "the cpu target has no kernel for experts that quantizes activations; W8A16 and W4A16 leave them"
-        if scheme.weights.type == "float":
-            return _fp8_refusal(scheme, experts=experts)
-        return _inputs_refusal(scheme) or _weights_refusal(scheme)
+        return self.rules(scheme, experts=experts)
 
 
-def _fp8_refusal(scheme: Scheme, *, experts: bool) -> str | None:
-    """FP8 is computed in float32, from weights that become floats when the engine is loaded."""
-    inputs = scheme.input_activations
-    if experts:
-        return "the cpu target has no FP8 experts"
-    if inputs is None:
-        return None
-    by_row = inputs.dynamic and inputs.strategy in ("token", "group")
-    if inputs.type != "float" or not (by_row or (not inputs.dynamic and inputs.strategy == "tensor")):
-        return (
-            "with FP8 weights the cpu target rounds activations to FP8: dynamic per token or group, static per tensor"
-        )
-    return None
-
-
-def _inputs_refusal(scheme: Scheme) -> str | None:
-    weights, inputs = scheme.weights, scheme.input_activations
-    if inputs is None:
-        return None
-    how = (inputs.num_bits, inputs.type, inputs.symmetric, inputs.strategy, inputs.dynamic)
-    if how not in ((8, "int", True, "token", True), (8, "int", True, "tensor", False)):
-        return (
-            "the cpu target quantizes activations of integer weights to symmetric int8, dynamic per token or "
-            "static per tensor, or not at all"
-        )
-    if not (weights.num_bits == 8 and weights.symmetric and weights.strategy in ("channel", "tensor")):
-        return "with int8 activations the cpu target needs symmetric int8 weights with one scale per channel or tensor"
-    return None
-
-
-def _weights_refusal(scheme: Scheme) -> str | None:
-    weights = scheme.weights
-    if weights.strategy not in ("tensor", "channel", "group"):
-        return "the cpu target takes integers' scales per tensor, per channel or per group"
-    if weights.group_size is not None and weights.group_size % 16:
-        return f"the cpu target needs a group size that is a multiple of 16, not {weights.group_size}"
-    return None
-
+_HALF = "use_half_precision"
 
 _TO_KERNELS = (
     "share_activation_quantization",
@@ -83,6 +63,18 @@ _TO_KERNELS = (
     "share_weights",
 )
 """How every lowering for the CPU ends, of decoders and encoders."""
+
+_TO_TENSORRT = (
+    "share_activation_quantization",
+    "inline_composites",
+    "fold_constants",
+    "use_signed_activations",
+    "eliminate_common_subexpressions",
+    "eliminate_dead_code",
+    "share_weights",
+    _HALF,
+)
+"""How every lowering for TensorRT ends: operators of ai.onnx only, in 16 bits."""
 
 TARGETS = {
     "cpu": Target(
@@ -103,5 +95,12 @@ TARGETS = {
             "lower_embedding",
             *_TO_KERNELS,
         ),
+        rules=cpu_refusal,
+    ),
+    "tensorrt": Target(
+        name="tensorrt",
+        graph_passes=("select_rows", *_TO_TENSORRT),
+        encoder_passes=("fuse_self_attention", *_TO_TENSORRT),
+        rules=tensorrt_refusal,
     ),
 }

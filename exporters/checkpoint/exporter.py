@@ -73,8 +73,8 @@ class Checkpoint(Exporter):
         """See ``Exporter.holds``: compressed-tensors knows caches with one scale for keys and one for values."""
         return frozenset({"an int8 cache"}) if self.format == "compressed-tensors" else frozenset()
 
-    def targets(self) -> list[Target]:
-        """See ``Exporter.targets``: none, other programs execute it."""
+    def executors(self) -> list[Target]:
+        """See ``Exporter.executors``: none, other programs execute it."""
         return []
 
     def refusal(self, scheme: Scheme, *, experts: bool = False, shape: tuple[int, ...] | None = None) -> str | None:

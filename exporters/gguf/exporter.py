@@ -63,8 +63,8 @@ class Gguf(Exporter):
         """See ``Exporter.holds``: nothing beside weights."""
         return frozenset()
 
-    def targets(self) -> list[Target]:
-        """See ``Exporter.targets``: none, other programs execute it."""
+    def executors(self) -> list[Target]:
+        """See ``Exporter.executors``: none, other programs execute it."""
         return []
 
     def refusal(self, scheme: Scheme, *, experts: bool = False, shape: tuple[int, ...] | None = None) -> str | None:

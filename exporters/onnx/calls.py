@@ -32,6 +32,8 @@ class Call:
         return f"{self.tokens} token{plural} behind {', '.join(map(str, self.lengths))} cached ones"
 
 
+_CACHE_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
+
 CALLS = (
     Call(tokens=17, lengths=(0,)),
     Call(tokens=14, lengths=(17,), rows=(13, 4, 9, 4, 1)),
@@ -56,8 +58,7 @@ def run_calls(
     generator = np.random.default_rng(seed)
     shape = (1, decoder.kv_heads, CAPACITY, decoder.head_dim)
     kinds = {value.name: value.type for value in session.get_inputs()}
-    dtype = np.int8 if kinds["past.0.key"] == "tensor(int8)" else np.float32
-    caches = [np.zeros(shape, dtype), np.zeros(shape, dtype)]
+    caches = [np.zeros(shape, _CACHE_TYPES[kinds["past.0.key"]])] * 2
     results = []
     for call in CALLS:
         batch = len(call.lengths)

@@ -49,6 +49,7 @@ def first_divergence(
 
 def relative_errors(expected: np.ndarray, found: np.ndarray) -> np.ndarray:
     """Of each row, the last axis, ``rms(difference) / std(expected)``: float64, of the other axes' shape."""
+    expected = expected.astype(np.float32, copy=False)
     rms = np.sqrt(np.mean((expected - found) ** 2, axis=-1, dtype=np.float64))
     # A row of equal numbers has no spread; then the whole value's is the measure.
     spread = expected.std(axis=-1, dtype=np.float64)
@@ -61,7 +62,8 @@ def _values(graph: ir.Model) -> dict[str, ir.Value]:
     Names that a builder counted up may mean something else in the other graph.
     """
     # ONNX's inference does not know the types of other domains' operators.
-    made = [value for node in graph.graph for value in node.outputs if value.dtype in (ir.DataType.FLOAT, None)]
+    kinds = (ir.DataType.FLOAT, ir.DataType.FLOAT16, None)
+    made = [value for node in graph.graph for value in node.outputs if value.dtype in kinds]
     names = [(str(value.name), value) for value in made]
     return {name: value for name, value in names if name and not name.startswith(("val_", "present."))}
 

@@ -43,7 +43,8 @@ def export_encoder(
         VerificationError: The lowered graph does not compute what the standard graph does.
     """
     differences = verify_encoder(model, target, level=context.verify, seed=context.seed)
-    graph, records = finished(passed(encoder_graph(model), target.encoder_passes, strict=context.strict))
+    steps = passed(encoder_graph(model), target.encoder_passes, options=target.options, strict=context.strict)
+    graph, records = finished(steps)
     options = {"level": context.verify}
     records.append(PassRecord(name="verify_lowering", options=options, changed=False, details=differences))
     save_graph(graph, directory / "engine", context)

@@ -17,14 +17,13 @@ from llmopt.exporters.onnx.divergence import relative_errors
 from llmopt.exporters.onnx.encoder_graph import encoder_graph
 from llmopt.exporters.onnx.encoder_skeleton import encoder_skeleton
 from llmopt.exporters.onnx.layer_check import (
-    LIMIT,
     Level,
     Result,
     chosen_layers,
     compare_stages,
     first_rows,
     hint_for,
-    row_limit,
+    limits,
 )
 from llmopt.exporters.onnx.lowering import passed
 from llmopt.exporters.onnx.sessions import Sessions
@@ -63,8 +62,8 @@ def verify_encoder(model: Model, target: Target, *, level: Level, seed: int) -> 
     found = {}
     for i in chosen:
         with tempfile.TemporaryDirectory() as folder:
-            layer = _Layer(model, i, Sessions(Path(folder)), _batches(model, seed))
-            found[f"layers.{i}"] = layer.verify(skeletons.of(i), target)
+            layer = _Layer(model, i, Sessions(Path(folder)), target, _batches(model, seed))
+            found[f"layers.{i}"] = layer.verify(skeletons.of(i))
     return found
 
 
@@ -135,12 +134,13 @@ class _Layer:
     model: Model
     i: int
     sessions: Sessions
+    target: Target
     batches: list[Mapping[str, np.ndarray]]
 
-    def verify(self, skeleton: ir.Model, target: Target) -> dict[str, float]:
+    def verify(self, skeleton: ir.Model) -> dict[str, float]:
         """The differences of ``verify_encoder``."""
         return compare_stages(
-            passed(encoder_graph(self.model, skeleton), target.encoder_passes),
+            passed(encoder_graph(self.model, skeleton), self.target.encoder_passes, options=self.target.options),
             self.sessions,
             layer=self.i,
             run=self._vectors,
@@ -158,16 +158,17 @@ class _Layer:
         Raises:
             VerificationError: It is beyond the limit, or not a number.
         """
-        limit = row_limit(self.model.weights[f"{name}.weight"] for name in self.model.encoder.linears)
+        weights = [self.model.weights[f"{module}.weight"] for module in self.model.encoder.linears]
+        accepted, limit = limits(name, self.target.encoder_passes, weights)
         largest = 0.0
         for expected, found in zip(before.outputs, after.outputs, strict=True):
             errors = np.concatenate([relative_errors(*pair) for pair in zip(expected, found, strict=True)])
             median, worst = float(np.median(errors)), float(errors.max())
-            if not (median <= LIMIT and worst <= limit):
-                difference = median if not median <= LIMIT else worst
+            if not (median <= accepted and worst <= limit):
+                difference, most = (median, accepted) if not median <= accepted else (worst, limit)
                 raise VerificationError(
                     f"layer {self.i}: {name} changes the result: vectors differ by {difference:.2g} of their spread, "
-                    f"{LIMIT:g} is accepted",
+                    f"{most:g} is accepted",
                     hint=hint_for(name),
                 )
             largest = max(largest, median)

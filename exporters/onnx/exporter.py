@@ -71,8 +71,8 @@ class Onnx(Exporter):
         """See ``Exporter.folder``."""
         return "engine" if self.flavor == "llmopt" else "genai"
 
-    def targets(self) -> list[Target]:
-        """See ``Exporter.targets``."""
+    def executors(self) -> list[Target]:
+        """See ``Exporter.executors``."""
         return [TARGETS[self.target].with_kernels() if self._own_kernels else TARGETS[self.target]]
 
     @property
@@ -120,7 +120,7 @@ class Onnx(Exporter):
         Raises:
             VerificationError: The lowered graph does not compute what the standard graph does.
         """
-        [target] = self.targets()
+        [target] = self.executors()
         if model.is_encoder:
             return export_encoder(self._pooled(model), target, directory, context, capacity=self.longest(model))
         return self._export_decoder(model, target, directory, context)

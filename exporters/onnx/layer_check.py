@@ -12,15 +12,17 @@ from llmopt.optimizer.errors import MissingExtraError, VerificationError, is_out
 from llmopt.optimizer.model import DenseWeight, QuantWeight, Weight
 
 __all__ = [
+    "HALF_LIMIT",
     "LIMIT",
     "ROUNDED_LIMIT",
+    "WHOLE",
     "Level",
     "Result",
     "chosen_layers",
     "compare_stages",
     "first_rows",
     "hint_for",
-    "row_limit",
+    "limits",
 ]
 
 Level = Literal["none", "quick", "full"]
@@ -28,9 +30,17 @@ Level = Literal["none", "quick", "full"]
 LIMIT = 1e-4
 """Accepted ``rms(difference) / std(logits)`` of a row: float kernels only order their sums differently."""
 
+HALF_LIMIT = 5e-3
+"""The same where float32 becomes 16 bits: a layer rounds some twenty times in a row to numbers that are 2^-11 apart.
+Where activations are rounded to integers as well, some of every row round the other way, and on the scale of an outlier
+each of them moves the row by a tenth: then only gross mistakes show here, and the measured divergence judges."""
+
 ROUNDED_LIMIT = 0.1
 """The same of a single row where activations are rounded. An activation on the border of two integers may round either
 way, one row in a thousand has one, and moves by up to 0.02; the median of a call's rows stays below ``LIMIT``."""
+
+WHOLE = "the lowering as a whole"
+_HALF = "use_half_precision"
 
 Outputs = TypeVar("Outputs")
 
@@ -82,7 +92,7 @@ def compare_stages(
         results.append(Result(graph, _ran(sessions, graph, run, layer=layer, name=stage.name)))
         if stage.record is not None:
             differences[stage.name] = difference(stage.name, *results[-2:])
-    differences["all"] = difference("the lowering as a whole", results[0], results[-1])
+    differences["all"] = difference(WHOLE, results[0], results[-1])
     return {name: float(f"{value:.3g}") for name, value in differences.items()}
 
 
@@ -115,10 +125,20 @@ def hint_for(name: str) -> str:
     return f"this is a bug in {blamed}; verify: none builds all the same"
 
 
-def row_limit(weights: Iterable[Weight]) -> float:
-    """What a single row may differ by, in a layer with these linears."""
+def limits(name: str, passes: Sequence[str], weights: Iterable[Weight]) -> tuple[float, float]:
+    """What the median of a call's rows may differ by, and what a single row may.
+
+    Args:
+        name: The graph pass between the two graphs, or ``WHOLE``.
+        passes: All of the lowering.
+        weights: Of the layer's linears.
+    """
+    halves = name == _HALF or (name == WHOLE and _HALF in passes)
     schemes = [weight.scheme for weight in weights if isinstance(weight, QuantWeight)]
-    return ROUNDED_LIMIT if any(scheme.input_activations is not None for scheme in schemes) else LIMIT
+    rounds = any(scheme.input_activations is not None for scheme in schemes)
+    if halves:
+        return (3 * ROUNDED_LIMIT, 10 * ROUNDED_LIMIT) if rounds else (HALF_LIMIT, 10 * HALF_LIMIT)
+    return LIMIT, ROUNDED_LIMIT if rounds else LIMIT
 
 
 def first_rows(weight: Weight, count: int) -> Weight:

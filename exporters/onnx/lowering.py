@@ -1,8 +1,10 @@
 """From the standard graph to a target's, one graph pass after the other."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
 import onnx_ir as ir
 from onnx_ir.passes import common
@@ -47,24 +49,32 @@ def stages(
         decoder: What to compute with these weights; by default what the model's own config says.
     """
     graph = standard_graph(model, capacity=capacity, decoder=decoder)
-    yield from passed(graph, target.graph_passes, strict=strict)
+    yield from passed(graph, target.graph_passes, options=target.options, strict=strict)
 
 
-def passed(graph: ir.Model, names: Sequence[str], *, strict: bool = False) -> Iterator[Stage]:
+def passed(
+    graph: ir.Model,
+    names: Sequence[str],
+    *,
+    options: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    strict: bool = False,
+) -> Iterator[Stage]:
     """``graph`` as it is, then behind each of the graph passes called ``names``.
 
     Args:
         graph: A standard graph; changed in place.
         names: Files in ``passes/graph/``.
+        options: Of those that need some, by name.
         strict: Whether a fallback is an error.
     """
     common.ShapeInferencePass()(graph)
     yield Stage("standard", graph, None)
     for name in names:
-        recorder = Recorder(name, {}, strict=strict)
+        chosen = dict(options.get(name, {}))
+        recorder = Recorder(name, chosen, strict=strict)
         before = _operators(graph)
         context = PassContext(note=recorder.note, fallback=recorder.fallback, detail=recorder.detail)
-        loader.load("passes.graph", name)().run(graph, context)
+        loader.load("passes.graph", name)(**chosen).run(graph, context)
         recorder.detail("operators", {"before": before, "after": _operators(graph)})
         yield Stage(name, graph, recorder.record(changed=bool(recorder.details["applied"])))
 

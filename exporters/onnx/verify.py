@@ -15,14 +15,13 @@ import numpy as np
 from llmopt.exporters.onnx.calls import CALLS, CAPACITY, run_calls
 from llmopt.exporters.onnx.divergence import first_divergence, relative_errors
 from llmopt.exporters.onnx.layer_check import (
-    LIMIT,
     Level,
     Result,
     chosen_layers,
     compare_stages,
     first_rows,
     hint_for,
-    row_limit,
+    limits,
 )
 from llmopt.exporters.onnx.lowering import stages
 from llmopt.exporters.onnx.sessions import Sessions
@@ -63,7 +62,7 @@ def verify_lowering(model: Model, target: Target, *, level: Level, seed: int) ->
     found = {}
     for i in chosen:
         with tempfile.TemporaryDirectory() as folder:
-            found[f"layers.{i}"] = _Layer(model, i, seed, Sessions(Path(folder))).verify(target)
+            found[f"layers.{i}"] = _Layer(model, i, seed, Sessions(Path(folder)), target).verify()
     return found
 
 
@@ -93,15 +92,16 @@ class _Layer:
     i: int
     seed: int
     sessions: Sessions
+    target: Target
     decoder: Decoder = field(init=False)
 
     def __post_init__(self) -> None:
         self.decoder = _single(self.model.decoder, self.i)
 
-    def verify(self, target: Target) -> dict[str, float]:
+    def verify(self) -> dict[str, float]:
         """The differences of ``verify_lowering``."""
         return compare_stages(
-            stages(self.model, target, capacity=CAPACITY, decoder=self.decoder),
+            stages(self.model, self.target, capacity=CAPACITY, decoder=self.decoder),
             self.sessions,
             layer=self.i,
             run=self._logits,
@@ -117,22 +117,26 @@ class _Layer:
         Raises:
             VerificationError: It is beyond the limit, or not a number.
         """
-        limit = row_limit(self.model.weights[self.model.weight_of(name)] for name in self.decoder.linears)
+        weights = [self.model.weights[self.model.weight_of(module)] for module in self.decoder.linears]
+        accepted, limit = limits(name, self.target.graph_passes, weights)
         largest = 0.0
         for number, pair in enumerate(zip(before.outputs, after.outputs, strict=True)):
             errors = relative_errors(*pair)
             median, worst = float(np.median(errors)), float(errors.max())
-            if not (median <= LIMIT and worst <= limit):
-                raise self._error(name, before, after, number, median if not median <= LIMIT else worst)
+            if not (median <= accepted and worst <= limit):
+                found = (median, accepted) if not median <= accepted else (worst, limit)
+                raise self._error(name, before, after, number, *found)
             largest = max(largest, median)
         return largest
 
-    def _error(self, name: str, before: _Logits, after: _Logits, call: int, difference: float) -> VerificationError:
+    def _error(
+        self, name: str, before: _Logits, after: _Logits, call: int, difference: float, limit: float
+    ) -> VerificationError:
         graphs = (before.graph, after.graph)
-        node = first_divergence(self.sessions, graphs, self.decoder, call=call, seed=self.seed, limit=LIMIT)
+        node = first_divergence(self.sessions, graphs, self.decoder, call=call, seed=self.seed, limit=limit)
         return VerificationError(
             f"layer {self.i}: {name} changes the result: logits differ by {difference:.2g} of their spread, "
-            f"{LIMIT:g} is accepted; first at {node}, for {CALLS[call]} (seed {self.seed})",
+            f"{limit:g} is accepted; first at {node}, for {CALLS[call]} (seed {self.seed})",
             hint=hint_for(name),
         )
 

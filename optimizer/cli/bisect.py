@@ -83,7 +83,7 @@ def _stages_of(recipe: "Recipe") -> "Callable[[Model], Iterator[Stage]]":
 
         for item in recipe.export:
             if isinstance(item.instance, Onnx):
-                [target] = item.instance.targets()
+                [target] = item.instance.executors()
                 yield from stages(model, target, capacity=item.instance.longest(model), strict=recipe.strict)
 
     return stages_of

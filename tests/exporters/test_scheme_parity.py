@@ -68,7 +68,7 @@ def build_of(
         context = PassContext(calibration=lambda: Tokens("some", torch.from_numpy(IDS), ""), fallback=pytest.fail)
         quantizer = RoundToNearest(**SCHEMES[name])
         quantizer.requires(model)
-        assert all(Onnx().targets()[0].refusal(scheme) is None for scheme in quantizer.schemes().values())
+        assert all(Onnx().executors()[0].refusal(scheme) is None for scheme in quantizer.schemes().values())
         quantized = quantizer.run(model, context)
         directory = tmp_path_factory.mktemp("build")
         engine, _ = Onnx(capacity=CAPACITY).export(quantized, directory, context)

@@ -38,7 +38,7 @@ class Checkpoint(Exporter):
 
     def check(self, model: object) -> None: ...
 
-    def targets(self) -> list:
+    def executors(self) -> list:
         return []
 
     def estimate(self, model: object) -> int:
@@ -95,7 +95,7 @@ def test_a_recipe_holds_objects_and_defaults(load, tmp_path: Path) -> None:
     assert weight_pass.name == "round_to_nearest"
     assert weight_pass.instance.scheme == PRESETS["W8A8"]
     (exporter,) = recipe.export
-    assert [target.name for target in exporter.instance.targets()] == ["cpu"]
+    assert [target.name for target in exporter.instance.executors()] == ["cpu"]
     assert (recipe.version, recipe.model, recipe.verify, recipe.strict, recipe.seed) == (
         1,
         "./model",

@@ -71,7 +71,7 @@ def test_scales_have_a_shape(name, shape):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_only_static_inputs_need_a_stored_scale(name):
-    assert PRESETS[name].needs_input_scale == (name == "FP8")
+    assert PRESETS[name].needs_input_scale == (name in ("FP8", "W8A8_STATIC"))
 
 
 def test_unknown_keys_and_values_are_refused():
@@ -133,7 +133,7 @@ def test_a_name_like_no_other_gets_the_list():
         (Scheme(weights=PRESETS["FP8_BLOCK"].weights), "FP8 weights 128x128"),
         (
             Scheme(weights=PRESETS["W8A8"].weights, input_activations=QuantSpec(num_bits=8, strategy="tensor")),
-            "W8A8 channel, inputs tensor static",
+            "W8A8_STATIC",
         ),
         (
             Scheme(weights=PRESETS["FP8"].weights, input_activations=PRESETS["FP8_DYNAMIC"].input_activations),

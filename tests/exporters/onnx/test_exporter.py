@@ -175,8 +175,8 @@ def test_wrong_options_are_refused(options):
 
 
 def test_the_target_is_what_executes_it():
-    assert Onnx().targets() == Onnx(kernels="llmopt").targets() == [OURS]
-    assert Onnx(kernels="onnxruntime").targets() == Onnx(flavor="genai").targets() == [TARGETS["cpu"]]
+    assert Onnx().executors() == Onnx(kernels="llmopt").executors() == [OURS]
+    assert Onnx(kernels="onnxruntime").executors() == Onnx(flavor="genai").executors() == [TARGETS["cpu"]]
 
 
 def test_every_onnx_runtime_loads_an_engine_with_its_own_kernels(model_of, tmp_path, ids, reference_logits):
