@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from llmopt.calibration.lines import read_lines
@@ -10,6 +9,7 @@ from llmopt.calibration.sampling import Sampling, sample_tokens
 from llmopt.calibration.texts import read_tokens
 from llmopt.evaluation.gates import gates_of, judge, texts_for
 from llmopt.evaluation.measure import measure
+from llmopt.evaluation.proxy import measurable
 from llmopt.evaluation.vectors import measure_vectors
 from llmopt.optimizer.cache import cache_root
 from llmopt.optimizer.errors import InputError
@@ -20,7 +20,6 @@ from llmopt.optimizer.progress import Progress
 from llmopt.optimizer.sources import load_model
 from llmopt.optimizer.tokens import Tokens
 from llmopt.runtime.backends.encoder import open_encoder_backend
-from llmopt.runtime.backends.onnxruntime import open_backend
 
 __all__ = ["FILE_WINDOWS", "Question", "Result", "evaluate"]
 
@@ -93,11 +92,11 @@ def evaluate(directory: Path, question: Question, progress: Progress) -> Result:
     texts = _texts(gates, model, manifest, question, progress)
     engine = manifest.engines[0]
     longest = max(text.ids.shape[1] for text in texts)
-    opener = partial(
-        open_backend, directory, engine, slots=1, capacity=min(longest, engine.capacity), threads=question.threads
-    )
+    measured = measurable(directory, engine, longest=longest, threads=question.threads)
+    if measured.proxy is not None:
+        progress.note(f"measuring {measured.proxy}: this machine does not execute {engine.target}")
     with progress.step("measure") as tick:
-        measurements = measure(model, opener, texts, threads=question.threads, progress=tick)
+        measurements = measure(model, measured.open, texts, threads=question.threads, progress=tick)
     return Result(measurements, judge(gates, measurements), not_judged, _changed_texts(manifest, measurements))
 
 

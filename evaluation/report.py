@@ -62,7 +62,7 @@ def page(manifest: Manifest, record: Mapping[str, Any] | None = None) -> str:
             "record": record,
             "name": manifest.source.spec.rstrip("/").rpartition("/")[2],
             "engines": manifest.all_engines,
-            "engine_bytes": sum(e.bytes for name, e in manifest.files.items() if name.startswith("engine/")),
+            "engine_bytes": sum(map(manifest.bytes_of, manifest.all_engines)),
             "accuracy": [_accuracy(found, manifest.verdict.gates) for found in manifest.measurements],
             "bars": {
                 "part": _size_bar({part: sum(found.values()) for part, found in manifest.sizes.items()}),

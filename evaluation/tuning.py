@@ -133,9 +133,9 @@ def tune(search: Search, progress: Progress) -> list[Trial]:
         ResourceError: Memory, disk or time ran out; a later run continues.
     """
     recipe = Recipe.load(search.recipe, search.overrides)
-    if not any(item.instance.executors() for item in recipe.export):
+    if not any(target.name == "cpu" for item in recipe.export for target in item.instance.executors()):
         raise InputError(
-            f"{search.recipe} exports no engine, and a search measures the size and speed of one",
+            f"{search.recipe} exports no engine for the CPU, and a search measures the size and speed of one",
             hint="add onnx to its export",
         )
     identity = {
@@ -195,7 +195,7 @@ def _speed(directory: Path, manifest: Manifest, threads: int) -> float:
 
 
 def _judged(number: int, values: dict[str, Any], manifest: Manifest, speed: float, tuning: Tuning) -> Trial:
-    size = sum(entry.bytes for name, entry in manifest.files.items() if name.startswith("engine/"))
+    size = manifest.bytes_of(manifest.engines[0])
     data = SAMPLED if tuning.constraint is None or tuning.constraint.data is None else str(tuning.constraint.data)
     divergences = {found.data: found.value for found in reversed(manifest.measurements) if found.metric == "kl"}
     kl = divergences.get(data, next(iter(divergences.values())))

@@ -3,7 +3,6 @@
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,8 +42,19 @@ if TYPE_CHECKING:
 
 __all__ = ["build"]
 
-_LIBRARIES = ("onnx", "onnx_ir", "onnxruntime", "onnxruntime-gpu", "onnxscript", "torch", "transformers")
-_NOT_LISTED = (MANIFEST_NAME, RECORD_NAME)
+_LIBRARIES = (
+    "onnx",
+    "onnx_ir",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "onnxscript",
+    "tensorrt",
+    "tensorrt-rtx",
+    "torch",
+    "transformers",
+)
+_NOT_LISTED = (MANIFEST_NAME, RECORD_NAME, "tensorrt/timing.cache", "tensorrt/build.log")
+"""What differs between two builds of one recipe."""
 
 _MEASURING_BYTES = 3 << 30
 """Memory beside the engine's weights while it is measured: libraries, a layer of the source model, activations."""
@@ -100,7 +110,9 @@ def build(
                 measurements, verdict = _measure_vectors(recipe, source, encoders, texts, directory, progress)
             else:
                 judged = model if engines else _as_written(model, checkpoints, directory, cache)
-                measurements, verdict = _measure(recipe, source, judged, engines, texts, directory, progress)
+                measurements, verdict = _measure(
+                    recipe, source, judged, engines, texts, directory, graph_passes, progress
+                )
         manifest = Manifest(
             llmopt=version("llmopt"),
             versions=_versions(),
@@ -269,14 +281,17 @@ def _measure(
     engines: list[Engine],
     texts: "list[Tokens]",
     directory: Path,
+    records: dict[str, list[PassRecord]],
     progress: Progress,
 ) -> tuple[list[Measurement], Verdict]:
     """Measure the engine against the source model on the gates' texts, and judge it; without one, ``model``.
 
-    A recipe without gates is measured on text sampled from the model, so that no build goes unmeasured.
+    A recipe without gates is measured on text sampled from the model, so that no build goes unmeasured. Of engines for
+    other machines the largest activations are looked for too, and added to ``records``.
     """
     from llmopt.evaluation.gates import judge
     from llmopt.evaluation.measure import measure, measure_model
+    from llmopt.evaluation.proxy import check_range, measurable
 
     threads = recipe.resources.thread_count
     if not texts:
@@ -288,16 +303,22 @@ def _measure(
         with progress.step("measure") as tick:
             found = measure_model(source, model, texts, threads=threads, progress=tick)
         return found, judge(recipe.accept, found)
-    from llmopt.runtime.backends.onnxruntime import open_backend
-
-    packed = _may_pack(recipe, model, directory)
+    packed = _may_pack(recipe, model, directory, engines[0])
     if not packed:
         progress.note("measuring with the weights as they lie in the file, since a packed copy exceeds max_ram_gb")
     longest = max(text.ids.shape[1] for text in texts)
-    engine = partial(open_backend, directory, engines[0], slots=1, capacity=longest, threads=threads, packed=packed)
+    measured = measurable(directory, engines[0], longest=longest, threads=threads, packed=packed)
+    if measured.proxy is not None:
+        progress.note(f"measuring {measured.proxy}: this machine does not execute {engines[0].target}")
     with progress.step("measure") as tick:
-        measurements = measure(source, engine, texts, threads=threads, progress=tick)
-    return measurements, judge(recipe.accept, measurements)
+        measurements = measure(source, measured.open, texts, threads=threads, progress=tick)
+    verdict = judge(recipe.accept, measurements).model_copy(update={"proxy": measured.proxy})
+    for engine in engines:
+        if engine.target != "cpu":
+            with progress.step("largest activations"):
+                layers = [layer.name for layer in model.decoder.layers]
+                records[engine.path].append(check_range(directory, engine, texts, layers=layers, threads=threads))
+    return measurements, verdict
 
 
 def _as_written(model: Model, checkpoints: list[Checkpoint], directory: Path, cache: Path) -> Model:
@@ -330,7 +351,7 @@ def _measure_vectors(
     return found, judge(recipe.accept, found)
 
 
-def _may_pack(recipe: Recipe, model: Model, directory: Path) -> bool:
+def _may_pack(recipe: Recipe, model: Model, directory: Path, engine: Engine) -> bool:
     """Whether ONNX Runtime may hold its packed copy of the weights beside the engine's own while it loads.
 
     Where only integers are multiplied the numbers are the same without. Kernels of weight-only schemes compute others,
@@ -340,7 +361,7 @@ def _may_pack(recipe: Recipe, model: Model, directory: Path) -> bool:
     quantized = [weight for weight in model.weights.values() if isinstance(weight, QuantWeight)]
     if limit is None or any(weight.scheme.input_activations is None for weight in quantized):
         return True
-    weights = sum(path.stat().st_size for path in (directory / "engine").iterdir())
+    weights = sum(path.stat().st_size for path in (directory / engine.path).parent.glob("model.onnx*"))
     return 2 * weights + _MEASURING_BYTES <= limit * 1e9
 
 

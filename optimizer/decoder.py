@@ -244,3 +244,12 @@ class Decoder:
     def linears(self) -> tuple[str, ...]:
         """Every linear that may be quantized, in data order, the head last."""
         return (*(name for layer in self.layers for name in layer.linears), self.head)
+
+    @property
+    def ropes(self) -> list[Rope]:
+        """The different ropes of the layers."""
+        ropes: list[Rope] = []
+        for layer in self.layers:
+            if layer.attention.rope is not None and layer.attention.rope not in ropes:
+                ropes.append(layer.attention.rope)
+        return ropes

@@ -94,6 +94,7 @@ class EncoderEngine(_Entry):
     prompts: dict[str, str] = Field({}, description="What texts are read behind, by name.")
     default_prompt: str | None = Field(None, description="The name of the prompt where a caller names none.")
     features: list[str] = []
+    compiled: dict[str, str] = Field({}, description="As of ``Engine``.")
 
 
 class Checkpoint(_Entry):
@@ -150,6 +151,9 @@ class Verdict(_Entry):
 
     status: Literal["accepted", "rejected", "unjudged"]
     gates: list[GateResult] = []
+    proxy: str | None = Field(
+        None, description="What was measured in the engine's place; null: the engine itself, or the model without one."
+    )
 
 
 class SourceEntry(_Entry):
@@ -204,6 +208,13 @@ class Manifest(_Entry):
     measurements: list[Measurement] = []
     verdict: Verdict
     files: dict[str, FileEntry] = {}
+
+    def bytes_of(self, engine: Engine | EncoderEngine) -> int:
+        """What an engine takes on the disk where it is executed: its folder, or the largest file compiled of it."""
+        if engine.compiled:
+            return max(self.files[path].bytes for path in engine.compiled.values())
+        folder = engine.path.rpartition("/")[0]
+        return sum(entry.bytes for name, entry in self.files.items() if name.startswith(f"{folder}/"))
 
     @property
     def all_engines(self) -> list[Engine | EncoderEngine]:

@@ -13,7 +13,13 @@ from llmopt.optimizer.scheme import Scheme
 
 __all__ = ["save_graph", "tensor_info", "vnni_feature"]
 
-_DTYPES = {ir.DataType.FLOAT: "float32", ir.DataType.INT64: "int64", ir.DataType.INT8: "int8"}
+_DTYPES = {
+    ir.DataType.FLOAT: "float32",
+    ir.DataType.FLOAT16: "float16",
+    ir.DataType.BFLOAT16: "bfloat16",
+    ir.DataType.INT64: "int64",
+    ir.DataType.INT8: "int8",
+}
 
 
 def save_graph(graph: ir.Model, folder: Path, context: PassContext) -> None:

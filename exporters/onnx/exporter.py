@@ -21,7 +21,7 @@ from llmopt.exporters.onnx.rope import check_rope, longest_with, rope_note
 from llmopt.exporters.onnx.verify import verify_lowering
 from llmopt.optimizer import kernels
 from llmopt.optimizer.contracts import Exporter, PassContext
-from llmopt.optimizer.decoder import Decoder, Rope
+from llmopt.optimizer.decoder import Decoder
 from llmopt.optimizer.errors import InputError, MissingExtraError, UnsupportedError
 from llmopt.optimizer.manifest import Checkpoint, EncoderEngine, Engine, PassRecord
 from llmopt.optimizer.model import DenseWeight, Model
@@ -167,14 +167,14 @@ class Onnx(Exporter):
                 "kernels: llmopt is not possible: this llmopt was installed without a C++ compiler",
                 hint="install a compiler and llmopt again, or set kernels: onnxruntime",
             )
-        for rope in _ropes(decoder):
+        for rope in decoder.ropes:
             check_rope(rope)
 
     def _export_decoder(
         self, model: Model, target: Target, directory: Path, context: PassContext
     ) -> tuple[Engine | Checkpoint, list[PassRecord]]:
         capacity = self.longest(model)
-        for rope in _ropes(model.decoder):
+        for rope in model.decoder.ropes:
             if note := rope_note(rope, capacity):
                 context.note(note)
         if self.kernels is None and self.flavor == "llmopt" and not self._own_kernels:
@@ -193,7 +193,7 @@ class Onnx(Exporter):
 
     def _longest(self, decoder: Decoder) -> int:
         """The longest sequence in tokens that the model's positions allow."""
-        return min((longest_with(rope) for rope in _ropes(decoder)), default=decoder.max_positions)
+        return min((longest_with(rope) for rope in decoder.ropes), default=decoder.max_positions)
 
     def _describe(self, model: Model, graph: ir.Model, capacity: int) -> Engine:
         decoder = model.decoder
@@ -230,12 +230,3 @@ def _genai_notes(model: Model) -> list[str]:
 
 def _words(pooling: Pooling) -> str:
     return f"pooling: {pooling.mode} {'with' if pooling.normalize else 'without'} normalize"
-
-
-def _ropes(decoder: Decoder) -> list[Rope]:
-    """The different ropes of a model's layers."""
-    ropes: list[Rope] = []
-    for layer in decoder.layers:
-        if layer.attention.rope is not None and layer.attention.rope not in ropes:
-            ropes.append(layer.attention.rope)
-    return ropes

@@ -70,9 +70,11 @@ def _show(manifest: "Manifest", output: Path) -> None:
             console.print(f"{checkpoint.path}: {note}", soft_wrap=True)
         size = _megabytes(manifest, f"{checkpoint.path}/")
         console.print(f"{output / checkpoint.path}: {size}, {checkpoint.format}, {checkpoint.dtype}", soft_wrap=True)
-    size = f"{_megabytes(manifest, 'engine/')}, " if manifest.all_engines else ""
-    console.print(f"{output}: {size}{manifest.verdict.status}", soft_wrap=True)
-    if manifest.engines and manifest.verdict.status != "rejected":
+    if manifest.verdict.proxy is not None:
+        console.print(f"measured: {manifest.verdict.proxy}", soft_wrap=True)
+    sizes = "".join(f"{manifest.bytes_of(engine) / 1e6:.1f} MB, " for engine in manifest.all_engines)
+    console.print(f"{output}: {sizes}{manifest.verdict.status}", soft_wrap=True)
+    if any(engine.target == "cpu" for engine in manifest.engines) and manifest.verdict.status != "rejected":
         console.print(f"next: llmopt chat {output}", style="dim", soft_wrap=True)
 
 

@@ -17,7 +17,7 @@ __all__ = ["command"]
 
 @click.command()
 @click.argument("build")
-@click.option("--layers", "every_layer", is_flag=True, help="A row for every linear layer instead of a summary.")
+@click.option("--layers", "every_layer", is_flag=True, help="A row for every layer instead of a summary.")
 @click.option("--graph", "graphs", is_flag=True, help="Operators before and after each graph pass, and per layer.")
 @click.option("--html", type=click.Path(path_type=Path), help="Write the report as one HTML page to this file.")
 @click.option("--verify", is_flag=True, help="Compare the digest of every file with the manifest's.")
@@ -51,7 +51,7 @@ def command(build: str, every_layer: bool, graphs: bool, html: Path | None, veri
     if graphs:
         _print_graphs(manifest, console)
     elif html is None or every_layer:
-        _show(manifest, console, every_layer=every_layer)
+        _show(manifest, Path(build), console, every_layer=every_layer)
     if html is not None:
         click.echo(f"{html}: the report of {build}")
     if verify:
@@ -119,7 +119,8 @@ def _print_graphs(manifest: "Manifest", console: "Console") -> None:
         console.print(operators_table(effects[-1].after, engine.num_layers))
 
 
-def _show(manifest: "Manifest", console: "Console", *, every_layer: bool) -> None:
+def _show(manifest: "Manifest", build: Path, console: "Console", *, every_layer: bool) -> None:
+    from llmopt.optimizer.cli._network import print_network
     from llmopt.optimizer.cli._tables import gates_table, measurements_table
 
     console.print(f"model    {manifest.source.spec} ({manifest.architecture})", soft_wrap=True)
@@ -132,6 +133,7 @@ def _show(manifest: "Manifest", console: "Console", *, every_layer: bool) -> Non
             f"up to {engine.capacity} tokens",
             soft_wrap=True,
         )
+        print_network(engine, manifest, build, console, every_layer=every_layer)
     for encoder in manifest.encoders:
         console.print(
             f"engine   {encoder.path}: {encoder.exporter} for {encoder.target}, {encoder.num_layers} layers, "
@@ -140,6 +142,7 @@ def _show(manifest: "Manifest", console: "Console", *, every_layer: bool) -> Non
         )
         length = ", of length 1" if encoder.normalize else ""
         console.print(f"vectors  {encoder.hidden_size} columns, pooled by {encoder.pooling}{length}", soft_wrap=True)
+        print_network(encoder, manifest, build, console, every_layer=every_layer)
     for checkpoint in manifest.checkpoints:
         console.print(f"files    {checkpoint.path}/: {checkpoint.format}, {checkpoint.dtype}", soft_wrap=True)
         for note in checkpoint.notes:
@@ -155,6 +158,8 @@ def _show(manifest: "Manifest", console: "Console", *, every_layer: bool) -> Non
         console.print(gates_table(manifest.verdict))
     else:
         console.print(f"verdict: {manifest.verdict.status} (the recipe has no gates)")
+    if manifest.verdict.proxy is not None:
+        console.print(f"measured: {manifest.verdict.proxy}", soft_wrap=True)
 
 
 def _print_layers(layers: "Sequence[Layer]", console: "Console", *, every_layer: bool) -> None:
@@ -223,6 +228,9 @@ def _print_passes(manifest: "Manifest", console: "Console") -> None:
         if kept := record.details.get("verification"):
             part = max(kept, key=kept.__getitem__)
             notes.append(f"keeps the function: {len(kept)} parts; largest difference {kept[part]:.2g}: {part}")
+        if record.name == "largest_activations":
+            place = max(record.details, key=record.details.__getitem__)
+            notes.append(f"the largest of all: {record.details[place]:,.0f}, in {place}")
         applied = str(record.details.get("applied", "yes" if record.changed else ""))
         table.add_row(record.name, applied, "\n".join(notes))
     console.print(table)

@@ -1,0 +1,183 @@
+"""Measures engines for other machines by the graph they were compiled from, which ONNX Runtime executes on the CPU."""
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from llmopt.optimizer.errors import UnsupportedError
+from llmopt.optimizer.graph_precision import set_precision
+from llmopt.optimizer.manifest import Engine, PassRecord
+from llmopt.optimizer.tokens import Tokens
+from llmopt.runtime.backends.base import Backend
+from llmopt.runtime.backends.onnxruntime import OnnxRuntimeBackend, open_backend, open_session
+
+__all__ = ["Measured", "check_range", "measurable"]
+
+_LARGEST = {"float16": 65504.0}
+"""The largest number of a type that activations can reach; bfloat16's is as large as float32's."""
+_NEAR = 0.5
+"""The share of it that an activation may take: another text can have one that is larger."""
+_WINDOWS = 8
+"""Windows of text that the largest activations are looked for in."""
+_BEYOND_LAYERS = "outside of the layers"
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What measurements are taken of.
+
+    Attributes:
+        open: Opens it.
+        proxy: In words, what it is where it is not the engine itself.
+    """
+
+    open: Callable[[], Backend]
+    proxy: str | None
+
+
+def measurable(directory: Path, engine: Engine, *, longest: int, threads: int, packed: bool = True) -> Measured:
+    """The engine itself if it is one for the CPU, else its graph in ONNX Runtime.
+
+    Args:
+        directory: The build.
+        engine: One of its engines.
+        longest: Tokens of the longest window.
+        threads: Of ONNX Runtime.
+        packed: See ``open_backend``.
+    """
+    if engine.target == "cpu":
+        capacity = min(longest, engine.capacity)
+        opened = partial(open_backend, directory, engine, slots=1, capacity=capacity, threads=threads, packed=packed)
+        return Measured(opened, None)
+    how = "its graph, executed by ONNX Runtime on a CPU"
+    if engine.kv_dtype == "bfloat16":
+        how += " in float32, for want of kernels for bfloat16"
+    return Measured(partial(_open_graph, directory, engine, longest, threads), how)
+
+
+def check_range(
+    directory: Path, engine: Engine, texts: Sequence[Tokens], *, layers: Sequence[str], threads: int
+) -> PassRecord:
+    """Find the largest activation of every layer, computed in float32, where no number is too large.
+
+    On a CPU float16 is computed through float32, so that the graph itself would not show what overflows on a GPU.
+
+    Args:
+        directory: The build.
+        engine: Whose graph it is.
+        texts: What to read.
+        layers: The model's layers by name, in order.
+        threads: Of ONNX Runtime.
+
+    Returns:
+        ``details``: ``layers.{i}`` -> the largest absolute value that any operator of it gives.
+
+    Raises:
+        UnsupportedError: One is near the largest number of the engine's type.
+    """
+    with _twin(directory, engine, _with_maxima) as path:
+        session = open_session(path, "cpu", threads)
+    found: dict[str, float] = {}
+    windows = [window for text in texts for window in text.ids.numpy()][:_WINDOWS]
+    for window in windows:
+        for name, value in _maxima(session, engine, window):
+            place = _layer_of(name, layers)
+            found[place] = max(found.get(place, 0.0), value)
+    limit = _LARGEST.get(engine.kv_dtype, float("inf")) * _NEAR
+    worst = max(found, key=found.__getitem__)
+    if not found[worst] <= limit:
+        raise UnsupportedError(
+            f"{worst} has an activation of {found[worst]:,.0f}, and {engine.kv_dtype} ends at "
+            f"{_LARGEST[engine.kv_dtype]:,.0f}",
+            hint="precision: bf16, or a pass that makes activations smaller, such as rotate",
+        )
+    details = {place: float(f"{value:.4g}") for place, value in sorted(found.items(), key=_order)}
+    return PassRecord(name="largest_activations", options={"windows": len(windows)}, changed=False, details=details)
+
+
+def _open_graph(directory: Path, engine: Engine, longest: int, threads: int) -> OnnxRuntimeBackend:
+    """The engine's graph as a backend; one of bfloat16 in float32."""
+    fixed = engine.inputs[3].dims[2]
+    capacity = fixed if isinstance(fixed, int) else min(longest, engine.capacity)
+    if engine.kv_dtype != "bfloat16":
+        session = open_session(directory / engine.path, "cpu", threads)
+        return OnnxRuntimeBackend(session, engine, slots=1, capacity=capacity)
+    with _twin(directory, engine) as path:
+        session = open_session(path, "cpu", threads)
+    wide = [each.model_copy(update={"dtype": each.dtype.replace("bfloat16", "float32")}) for each in engine.inputs]
+    return OnnxRuntimeBackend(session, engine.model_copy(update={"inputs": wide}), slots=1, capacity=capacity)
+
+
+@contextmanager
+def _twin(directory: Path, engine: Engine, change: Callable[[ir.Model], None] = lambda graph: None) -> Iterator[Path]:
+    """The engine's graph in float32, in a file that is gone afterwards; a session has what it needs by then."""
+    graph = ir.load(directory / engine.path)
+    set_precision(graph, "float32")
+    change(graph)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        ir.save(graph, path, external_data="model.onnx.data")
+        yield path
+
+
+def _with_maxima(graph: ir.Model) -> None:
+    """Replace the outputs that are no caches by the largest absolute value of each float that is computed."""
+    made = []
+    for node in list(graph.graph):
+        value = node.outputs[0]
+        is_weight = all(each is None or each.is_initializer() for each in node.inputs)
+        if value.dtype != ir.DataType.FLOAT or is_weight or str(value.name).startswith("present."):
+            continue
+        magnitude = ir.node("Abs", [value])
+        largest = ir.node("ReduceMax", magnitude.outputs, {"keepdims": 0})
+        graph.graph.insert_after(node, [magnitude, largest])
+        (maximum,) = largest.outputs
+        maximum.name, maximum.type, maximum.shape = f"{node.name}.maximum", value.type, ir.Shape([])
+        made.append(maximum)
+    caches = [value for value in graph.graph.outputs if str(value.name).startswith("present.")]
+    graph.graph.outputs[:] = [*made, *caches]
+
+
+def _maxima(session: Any, engine: Engine, window: np.ndarray) -> Iterator[tuple[str, float]]:
+    """Each maximum of a window, chunk by chunk."""
+    sizes = {value.name: value.shape for value in session.get_inputs()}
+    names = [value.name for value in session.get_outputs()]
+    varying = {"batch": 1, "capacity": len(window)}
+    caches = {
+        name: np.zeros([varying.get(dim, dim) for dim in dims], np.float32)
+        for name, dims in sizes.items()
+        if name.startswith("past.")
+    }
+    ends = [*range(0, len(window), engine.max_chunk), len(window)]
+    for first, past_end in pairwise(ends):
+        piece = window[first:past_end]
+        feeds = {
+            "input_ids": piece[None],
+            "past_lengths": np.array([first]),
+            "logit_rows": np.arange(len(piece)),
+            **caches,
+        }
+        for name, value in zip(names, session.run(None, feeds), strict=True):
+            if name.startswith("present."):
+                caches[name.replace("present.", "past.", 1)] = value
+            else:
+                yield name, float(value)
+
+
+def _layer_of(name: str, layers: Sequence[str]) -> str:
+    """``layers.3`` for what is computed in that layer, by its name."""
+    number = next((i for i, each in enumerate(layers) if name.startswith((f"{each}.", f"present.{i}."))), None)
+    return _BEYOND_LAYERS if number is None else f"layers.{number}"
+
+
+def _order(item: tuple[str, float]) -> tuple[int, str]:
+    number = item[0].rpartition(".")[2]
+    return (int(number) if number.isdigit() else -1, item[0])

@@ -1,0 +1,190 @@
+"""A TensorRT engine for each GPU that a recipe names, compiled from one ONNX graph, with or without a GPU here."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import onnx_ir as ir
+from pydantic import Field, field_validator
+
+from llmopt.exporters.onnx.engine_files import save_graph, tensor_info
+from llmopt.exporters.onnx.lowering import lowered_graph
+from llmopt.exporters.onnx.rope import check_rope, longest_with, rope_note
+from llmopt.exporters.onnx.verify import verify_lowering
+from llmopt.exporters.tensorrt.compiler import Compiler, Profile
+from llmopt.exporters.tensorrt.graph import fix_capacity, name_nodes
+from llmopt.exporters.tensorrt.network import check_network, describe_network
+from llmopt.exporters.tensorrt.package import find_package
+from llmopt.optimizer.contracts import Exporter, Feature, PassContext
+from llmopt.optimizer.errors import UnsupportedError
+from llmopt.optimizer.manifest import Checkpoint, EncoderEngine, Engine, PassRecord
+from llmopt.optimizer.model import DenseWeight, Model
+from llmopt.optimizer.target import TARGETS, Target
+
+__all__ = ["TensorRT"]
+
+_CAPACITY = 2048
+"""Tokens of a slot where the recipe does not say: the pool is allocated for all of them."""
+_LARGER = 1.1
+"""Times the bytes of its weights that an engine may have before the manifest notes it."""
+
+Gpu = Literal["sm75", "sm80", "sm86", "sm87", "sm89", "sm90", "sm100", "sm103", "sm110", "sm120", "sm121"]
+
+
+class TensorRT(Exporter):
+    """Write ``tensorrt/``: the graph, an engine for each GPU, the network's layers, timing cache and build log."""
+
+    targets: tuple[Gpu, ...] = Field(
+        min_length=1,
+        description="GPUs by their compute capability, as sm89. tensorrt_rtx compiles for any of its own without one; "
+        "tensorrt for the one that is here.",
+    )
+    precision: Literal["fp16", "bf16"] = Field("fp16", description="What is not quantized is stored and computed in.")
+    slots: int = Field(8, ge=1, description="Most sequences in one decode call.")
+    capacity: int | None = Field(
+        None, ge=4, description="The length of a slot in tokens; omitted: 2048, or the model's own positions if fewer."
+    )
+    max_chunk: int = Field(512, ge=1, description="Most tokens in one prefill call.")
+    workspace: float | None = Field(
+        None, gt=0, description="GB of memory that a kernel may take while it runs; omitted: what the GPU has."
+    )
+
+    folder: ClassVar[str] = "tensorrt"
+
+    @field_validator("targets")
+    @classmethod
+    def _targets_differ(cls, value: tuple[Gpu, ...]) -> tuple[Gpu, ...]:
+        if twice := next((gpu for gpu in value if value.count(gpu) > 1), None):
+            raise ValueError(f"{twice} is given twice")
+        return value
+
+    @property
+    def holds(self) -> frozenset[Feature]:
+        """See ``Exporter.holds``: an int8 cache has no kernel."""
+        return frozenset({"an online rotation"})
+
+    def executors(self) -> list[Target]:
+        """See ``Exporter.executors``."""
+        return [TARGETS["tensorrt"].in_precision(self._dtype)]
+
+    @property
+    def _dtype(self) -> Literal["float16", "bfloat16"]:
+        return "float16" if self.precision == "fp16" else "bfloat16"
+
+    def check(self, model: Model) -> None:
+        """See ``Exporter.check``.
+
+        Raises:
+            MissingExtraError: Neither tensorrt_rtx nor tensorrt is installed.
+            UnsupportedError: The package does not compile for a target, or the model has no such graph.
+        """
+        find_package().check_targets(self.targets)
+        for rope in model.decoder.ropes:
+            check_rope(rope)
+        longest = min((longest_with(rope) for rope in model.decoder.ropes), default=model.decoder.max_positions)
+        if self.capacity is not None and self.capacity > longest:
+            raise UnsupportedError(
+                f"capacity {self.capacity} is beyond the model's {longest} positions", hint="lower it or leave it out"
+            )
+
+    def longest(self, model: Model) -> int:
+        """See ``Exporter.longest``."""
+        return self.capacity or min(_CAPACITY, model.decoder.max_positions)
+
+    def estimate(self, model: Model) -> int:
+        """See ``Exporter.estimate``: weights as stored, floats in 16 bits, in the graph and in each engine."""
+        weights = model.weights.values()
+        once = sum(2 * w.nbytes // w.dtype.itemsize if isinstance(w, DenseWeight) else w.nbytes for w in weights)
+        return once * (1 + len(self.targets))
+
+    def export(
+        self, model: Model, directory: Path, context: PassContext
+    ) -> tuple[Engine | EncoderEngine | Checkpoint, list[PassRecord]]:
+        """See ``Exporter.export``.
+
+        Raises:
+            VerificationError: The lowered graph does not compute what the standard graph does, or TensorRT parsed it
+                as something else.
+            UnsupportedError: TensorRT does not take a node of it.
+        """
+        capacity = self.longest(model)
+        for rope in model.decoder.ropes:
+            if note := rope_note(rope, capacity):
+                context.note(note)
+        (target,) = self.executors()
+        differences = verify_lowering(model, self._verified(target), level=context.verify, seed=context.seed)
+        graph, records = lowered_graph(model, target, capacity=capacity, strict=context.strict)
+        options = {"level": context.verify}
+        records.append(PassRecord(name="verify_lowering", options=options, changed=False, details=differences))
+        fix_capacity(graph, capacity)
+        name_nodes(graph)
+        folder = directory / self.folder
+        save_graph(graph, folder, context)
+        compiled, record = self._compile(graph, folder, self._profiles(capacity), context)
+        return self._describe(model, graph, capacity, compiled), [*records, record]
+
+    def _verified(self, target: Target) -> Target:
+        """What ONNX Runtime can execute here: its CPU provider has no kernels for bfloat16."""
+        return target if self.precision == "fp16" else target.in_precision("float32")
+
+    def _compile(
+        self, graph: ir.Model, folder: Path, profiles: Sequence[Profile], context: PassContext
+    ) -> tuple[dict[str, str], PassRecord]:
+        """Files by GPU, relative to the build directory, and what was found."""
+        package = find_package()
+        inputs, outputs = _dims(graph.graph.inputs), _dims(graph.graph.outputs)
+        compiler = Compiler(package, folder / "model.onnx")
+        details: dict[str, object] = {"package": package.title, "network": check_network(compiler.network, graph)}
+        describe_network(compiler.network, package, profiles, {**inputs, **outputs}, folder / "network.json")
+        weights, notes = (folder / "model.onnx.data").stat().st_size, []
+        files: dict[str, str] = {}
+        for done, target in enumerate(self.targets, start=1):
+            workspace = None if self.workspace is None else int(self.workspace * 1e9)
+            engine = compiler.compile(
+                target, profiles, inputs, workspace=workspace, timing_cache=folder / "timing.cache"
+            )
+            (folder / f"{target}.engine").write_bytes(engine)
+            files[target] = f"{self.folder}/{target}.engine"
+            details[target] = len(engine)
+            if len(engine) > _LARGER * weights:
+                notes.append(
+                    f"{target}.engine has {len(engine) / 1e6:.0f} MB, its weights {weights / 1e6:.0f} MB: the rest is "
+                    "code, about the same for larger models, and what TensorRT stores in another form"
+                )
+            context.progress(done, len(self.targets))
+        (folder / "build.log").write_text("\n".join(compiler.log) + "\n", encoding="utf-8")
+        return files, PassRecord(name="compile", changed=True, notes=notes, details=details)
+
+    def _profiles(self, capacity: int) -> list[Profile]:
+        """Of prefill and of decoding, in the order in which the runtime takes them."""
+        chunk = min(self.max_chunk, capacity)
+        one, slots = (1, 1, 1), (1, self.slots, self.slots)
+        return [
+            Profile("prefill", {"batch": one, "tokens": (1, chunk, chunk), "rows": (1, 1, chunk)}),
+            Profile("decode", {"batch": slots, "tokens": one, "rows": slots}),
+        ]
+
+    def _describe(self, model: Model, graph: ir.Model, capacity: int, compiled: dict[str, str]) -> Engine:
+        decoder = model.decoder
+        return Engine(
+            exporter="tensorrt",
+            target="tensorrt",
+            path=f"{self.folder}/model.onnx",
+            inputs=[tensor_info(value) for value in graph.graph.inputs],
+            outputs=[tensor_info(value) for value in graph.graph.outputs],
+            num_layers=len(decoder.layers),
+            kv_heads=decoder.kv_heads,
+            head_dim=decoder.head_dim,
+            kv_dtype=self._dtype,
+            vocab_size=decoder.vocab_size,
+            capacity=capacity,
+            slots=self.slots,
+            max_chunk=min(self.max_chunk, capacity),
+            min_chunk=1,
+            batch_invariant=False,
+            compiled=compiled,
+        )
+
+
+def _dims(values: Sequence[ir.Value]) -> Mapping[str, Sequence[int | str]]:
+    return {info.name: info.dims for info in map(tensor_info, values)}
