@@ -28,8 +28,9 @@ def set_precision(graph: ir.Model, precision: Precision) -> int:
     """Give every float of the graph one type: weights, scales, constants, caches and what is computed.
 
     Numbers are rounded to the nearest; of large initializers that happens when they are read, as of all that is lazy.
-    Scales of Q/DQ stay in float32, where 16 bits would move a whole channel, except those of groups: TensorRT takes
-    them in the result's type only. The graph's float outputs keep their type if they are no caches: a Cast makes it.
+    Scales of Q/DQ of 8 bits stay in float32, where 16 bits would move a whole channel, except those of groups: TensorRT
+    takes them, as those of 4 bits, in the result's type only. The graph's float outputs keep their type if they are no
+    caches: a Cast makes it.
 
     Args:
         graph: Without local functions. Changed in place.
@@ -52,7 +53,7 @@ def set_precision(graph: ir.Model, precision: Precision) -> int:
     changed += sum(_set_type(value, kind) for value in graph.graph.inputs)
     for node in graph.graph:
         _set_attributes(node, kind)
-        if node.op_type == "DequantizeLinear" and not _has_groups(node):
+        if node.op_type == "DequantizeLinear" and _has_wide_scales(node):
             node.attributes["output_dtype"] = ir.AttrInt64("output_dtype", kind.value)
         changed += sum(_set_type(value, kind) for value in node.outputs)
     for value, dtype in kept:
@@ -74,17 +75,18 @@ def _set_initializer(value: ir.Value, kind: ir.DataType) -> int:
     scales = [use.node for use in value.uses() if use.node.op_type in _SCALED and use.idx == 1]
     if tensor is None or tensor.dtype not in _NUMBERS or tensor.dtype == kind:
         return 0
-    if scales and not any(_has_groups(node) for node in scales):
+    if scales and all(_has_wide_scales(node) for node in scales):
         return 0
     is_scalar = value.shape is not None and value.shape.rank() == 0
     value.const_value = _converted(tensor, kind, exact=is_scalar or bool(scales))
     return _set_type(value, kind)
 
 
-def _has_groups(node: ir.Node) -> bool:
-    """Whether a Q or DQ has a scale for each group of columns."""
+def _has_wide_scales(node: ir.Node) -> bool:
+    """Whether the scales of a Q or DQ stay in float32: of numbers of 8 bits, without groups of columns."""
     attribute = node.attributes.get("block_size")
-    return attribute is not None and attribute.as_int() > 0
+    has_groups = attribute is not None and attribute.as_int() > 0
+    return not has_groups and node.inputs[0] is not None and node.inputs[0].dtype != ir.DataType.INT4
 
 
 def _converted(tensor: ir.TensorProtocol, kind: ir.DataType, *, exact: bool) -> ir.TensorProtocol:

@@ -67,6 +67,7 @@ _TO_KERNELS = (
 _TO_TENSORRT = (
     "share_activation_quantization",
     "inline_composites",
+    "expand_attention",
     "fold_constants",
     "use_signed_activations",
     "eliminate_common_subexpressions",

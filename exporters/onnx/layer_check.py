@@ -30,8 +30,9 @@ Level = Literal["none", "quick", "full"]
 LIMIT = 1e-4
 """Accepted ``rms(difference) / std(logits)`` of a row: float kernels only order their sums differently."""
 
-HALF_LIMIT = 5e-3
-"""The same where float32 becomes 16 bits: a layer rounds some twenty times in a row to numbers that are 2^-11 apart.
+HALF_LIMIT = 1e-2
+"""The same where float32 becomes 16 bits: a layer rounds some twenty times in a row to numbers that are 2^-11 apart,
+and a router between two experts may choose the other one.
 Where activations are rounded to integers as well, some of every row round the other way, and on the scale of an outlier
 each of them moves the row by a tenth: then only gross mistakes show here, and the measured divergence judges."""
 

@@ -74,7 +74,7 @@ class Compiler:
             profiles: The engine's, in order.
             inputs: The dimensions of each input, by name.
             workspace: Bytes of memory that a kernel may take while it runs; None: what there is.
-            timing_cache: What was learned of kernels' speed is read from and written to this file.
+            timing_cache: The full TensorRT reads what it has learned of kernels' speed from this file, and writes it.
 
         Raises:
             UnsupportedError: The compiler has no kernel for something.
@@ -86,8 +86,7 @@ class Compiler:
             for name, dims in inputs.items():
                 made.set_shape(name, *profile.shapes(dims))
             config.add_optimization_profile(made)
-        known = timing_cache.read_bytes() if timing_cache.is_file() else b""
-        config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=True)
+        times = None if self._package.compiles_ahead else self._times(config, timing_cache)
         self.log.append(f"compiling for {target}")
         first = len(self.log)
         try:
@@ -100,9 +99,15 @@ class Compiler:
                 f"{self._package.title} cannot compile the graph for {target}: {said[0]}",
                 hint="the build log names the layer; another scheme or precision for it may do",
             )
-        if learned := bytes(config.get_timing_cache().serialize()):
-            timing_cache.write_bytes(learned)
+        if times is not None:
+            timing_cache.write_bytes(bytes(times.serialize()))
         return bytes(engine)
+
+    def _times(self, config: Any, path: Path) -> Any:
+        """What earlier compilations learned; TensorRT for RTX chooses kernels when it runs, and has no such file."""
+        times = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
+        config.set_timing_cache(times, ignore_mismatch=True)
+        return times
 
     def _config(self, target: str, workspace: int | None) -> Any:
         trt, config = self._package.trt, self._builder.create_builder_config()

@@ -32,7 +32,7 @@ Gpu = Literal["sm75", "sm80", "sm86", "sm87", "sm89", "sm90", "sm100", "sm103", 
 
 
 class TensorRT(Exporter):
-    """Write ``tensorrt/``: the graph, an engine for each GPU, the network's layers, timing cache and build log."""
+    """Write ``tensorrt/``: the graph, an engine for each GPU, the network's layers and the build log."""
 
     targets: tuple[Gpu, ...] = Field(
         min_length=1,
