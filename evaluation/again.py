@@ -9,7 +9,7 @@ from llmopt.calibration.sampling import Sampling, sample_tokens
 from llmopt.calibration.texts import read_tokens
 from llmopt.evaluation.gates import gates_of, judge, texts_for
 from llmopt.evaluation.measure import measure
-from llmopt.evaluation.proxy import measurable
+from llmopt.evaluation.proxy import measurable, open_encoder
 from llmopt.evaluation.vectors import measure_vectors
 from llmopt.optimizer.cache import cache_root
 from llmopt.optimizer.errors import InputError
@@ -19,7 +19,6 @@ from llmopt.optimizer.model import Model
 from llmopt.optimizer.progress import Progress
 from llmopt.optimizer.sources import load_model
 from llmopt.optimizer.tokens import Tokens
-from llmopt.runtime.backends.encoder import open_encoder_backend
 
 __all__ = ["FILE_WINDOWS", "Question", "Result", "evaluate"]
 
@@ -110,7 +109,7 @@ def _vectors(
     texts = texts_for(gates, model)
     texts += [read_lines(path, folder, lines=lines, tokens=tokens) for path in question.data if path not in named]
     with progress.step("measure") as tick:
-        backend = open_encoder_backend(directory, engine, threads=question.threads)
+        backend = open_encoder(directory, engine, threads=question.threads)
         return measure_vectors(model, backend, texts, threads=question.threads, progress=tick)
 
 

@@ -14,12 +14,13 @@ import onnx_ir as ir
 
 from llmopt.optimizer.errors import UnsupportedError
 from llmopt.optimizer.graph_precision import set_precision
-from llmopt.optimizer.manifest import Engine, PassRecord
+from llmopt.optimizer.manifest import EncoderEngine, Engine, PassRecord
 from llmopt.optimizer.tokens import Tokens
 from llmopt.runtime.backends.base import Backend
+from llmopt.runtime.backends.encoder import EncoderBackend, open_encoder_backend
 from llmopt.runtime.backends.onnxruntime import OnnxRuntimeBackend, open_backend, open_session
 
-__all__ = ["Measured", "check_range", "measurable"]
+__all__ = ["Measured", "check_range", "measurable", "open_encoder", "proxy_of"]
 
 _LARGEST = {"float16": 65504.0}
 """The largest number of a type that activations can reach; bfloat16's is as large as float32's."""
@@ -57,14 +58,33 @@ def measurable(directory: Path, engine: Engine, *, longest: int, threads: int, p
         capacity = min(longest, engine.capacity)
         opened = partial(open_backend, directory, engine, slots=1, capacity=capacity, threads=threads, packed=packed)
         return Measured(opened, None)
+    return Measured(partial(_open_graph, directory, engine, longest, threads), proxy_of(engine))
+
+
+def proxy_of(engine: Engine | EncoderEngine) -> str | None:
+    """In words, what is measured in the engine's place; None for one that the CPU executes."""
+    if engine.target == "cpu":
+        return None
     how = "its graph, executed by ONNX Runtime on a CPU"
-    if engine.kv_dtype == "bfloat16":
-        how += " in float32, for want of kernels for bfloat16"
-    return Measured(partial(_open_graph, directory, engine, longest, threads), how)
+    return f"{how} in float32, for want of kernels for bfloat16" if _precision(engine) == "bfloat16" else how
+
+
+def open_encoder(directory: Path, engine: EncoderEngine, *, threads: int) -> EncoderBackend:
+    """The encoder itself if it is one for the CPU, else its graph in ONNX Runtime."""
+    if engine.dtype != "bfloat16":
+        return open_encoder_backend(directory, engine.model_copy(update={"target": "cpu"}), threads=threads)
+    with _twin(directory, engine) as path:
+        twin = engine.model_copy(update={"target": "cpu", "path": path.name})
+        return open_encoder_backend(path.parent, twin, threads=threads)
 
 
 def check_range(
-    directory: Path, engine: Engine, texts: Sequence[Tokens], *, layers: Sequence[str], threads: int
+    directory: Path,
+    engine: Engine | EncoderEngine,
+    texts: Sequence[Tokens],
+    *,
+    layers: Sequence[str],
+    threads: int,
 ) -> PassRecord:
     """Find the largest activation of every layer, computed in float32, where no number is too large.
 
@@ -86,17 +106,16 @@ def check_range(
     with _twin(directory, engine, _with_maxima) as path:
         session = open_session(path, "cpu", threads)
     found: dict[str, float] = {}
-    windows = [window for text in texts for window in text.ids.numpy()][:_WINDOWS]
+    windows = [ids[:length].numpy() for text in texts for ids, length in zip(text.ids, text.mask.sum(1), strict=True)]
+    windows = windows[:_WINDOWS]
     for window in windows:
         for name, value in _maxima(session, engine, window):
             place = _layer_of(name, layers)
             found[place] = max(found.get(place, 0.0), value)
-    limit = _LARGEST.get(engine.kv_dtype, float("inf")) * _NEAR
-    worst = max(found, key=found.__getitem__)
-    if not found[worst] <= limit:
+    worst, end = max(found, key=found.__getitem__), _LARGEST.get(_precision(engine), float("inf"))
+    if not found[worst] <= end * _NEAR:
         raise UnsupportedError(
-            f"{worst} has an activation of {found[worst]:,.0f}, and {engine.kv_dtype} ends at "
-            f"{_LARGEST[engine.kv_dtype]:,.0f}",
+            f"{worst} has an activation of {found[worst]:,.0f}, and {_precision(engine)} ends at {end:,.0f}",
             hint="precision: bf16, or a pass that makes activations smaller, such as rotate",
         )
     details = {place: float(f"{value:.4g}") for place, value in sorted(found.items(), key=_order)}
@@ -116,8 +135,14 @@ def _open_graph(directory: Path, engine: Engine, longest: int, threads: int) -> 
     return OnnxRuntimeBackend(session, engine.model_copy(update={"inputs": wide}), slots=1, capacity=capacity)
 
 
+def _precision(engine: Engine | EncoderEngine) -> str:
+    return engine.dtype if isinstance(engine, EncoderEngine) else engine.kv_dtype
+
+
 @contextmanager
-def _twin(directory: Path, engine: Engine, change: Callable[[ir.Model], None] = lambda graph: None) -> Iterator[Path]:
+def _twin(
+    directory: Path, engine: Engine | EncoderEngine, change: Callable[[ir.Model], None] = lambda graph: None
+) -> Iterator[Path]:
     """The engine's graph in float32, in a file that is gone afterwards; a session has what it needs by then."""
     graph = ir.load(directory / engine.path)
     set_precision(graph, "float32")
@@ -146,8 +171,15 @@ def _with_maxima(graph: ir.Model) -> None:
     graph.graph.outputs[:] = [*made, *caches]
 
 
-def _maxima(session: Any, engine: Engine, window: np.ndarray) -> Iterator[tuple[str, float]]:
-    """Each maximum of a window, chunk by chunk."""
+def _maxima(session: Any, engine: Engine | EncoderEngine, window: np.ndarray) -> Iterator[tuple[str, float]]:
+    """Each maximum of a window, chunk by chunk; of a text, all of whose tokens are of the first type."""
+    if isinstance(engine, EncoderEngine):
+        ids = window[None, : engine.capacity]
+        feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+        taken = {value.name: feeds[value.name] for value in session.get_inputs()}
+        names = [value.name for value in session.get_outputs()]
+        yield from zip(names, map(float, session.run(None, taken)), strict=True)
+        return
     sizes = {value.name: value.shape for value in session.get_inputs()}
     names = [value.name for value in session.get_outputs()]
     varying = {"batch": 1, "capacity": len(window)}

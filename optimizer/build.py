@@ -107,7 +107,9 @@ def build(
             _copy_tokenizer(model, directory)
         with record.step("measure"):
             if source.is_encoder:
-                measurements, verdict = _measure_vectors(recipe, source, encoders, texts, directory, progress)
+                measurements, verdict = _measure_vectors(
+                    recipe, source, encoders, texts, directory, graph_passes, progress
+                )
             else:
                 judged = model if engines else _as_written(model, checkpoints, directory, cache)
                 measurements, verdict = _measure(
@@ -291,7 +293,7 @@ def _measure(
     """
     from llmopt.evaluation.gates import judge
     from llmopt.evaluation.measure import measure, measure_model
-    from llmopt.evaluation.proxy import check_range, measurable
+    from llmopt.evaluation.proxy import measurable
 
     threads = recipe.resources.thread_count
     if not texts:
@@ -313,11 +315,7 @@ def _measure(
     with progress.step("measure") as tick:
         measurements = measure(source, measured.open, texts, threads=threads, progress=tick)
     verdict = judge(recipe.accept, measurements).model_copy(update={"proxy": measured.proxy})
-    for engine in engines:
-        if engine.target != "cpu":
-            with progress.step("largest activations"):
-                layers = [layer.name for layer in model.decoder.layers]
-                records[engine.path].append(check_range(directory, engine, texts, layers=layers, threads=threads))
+    _check_ranges(engines, [layer.name for layer in model.decoder.layers], texts, directory, records, threads)
     return measurements, verdict
 
 
@@ -337,18 +335,36 @@ def _measure_vectors(
     encoders: list[EncoderEngine],
     texts: "list[Tokens]",
     directory: Path,
+    records: dict[str, list[PassRecord]],
     progress: Progress,
 ) -> tuple[list[Measurement], Verdict]:
     """Measure an encoder's engine against the source model on the gates' texts, and judge it."""
     from llmopt.evaluation.gates import judge
+    from llmopt.evaluation.proxy import open_encoder, proxy_of
     from llmopt.evaluation.vectors import measure_vectors
-    from llmopt.runtime.backends.encoder import open_encoder_backend
 
     threads = recipe.resources.thread_count
     with progress.step("measure") as tick:
-        backend = open_encoder_backend(directory, encoders[0], threads=threads)
+        backend = open_encoder(directory, encoders[0], threads=threads)
         found = measure_vectors(source, backend, texts, threads=threads, progress=tick)
-    return found, judge(recipe.accept, found)
+    _check_ranges(encoders, [layer.name for layer in source.encoder.layers], texts, directory, records, threads)
+    return found, judge(recipe.accept, found).model_copy(update={"proxy": proxy_of(encoders[0])})
+
+
+def _check_ranges(
+    engines: Sequence[Engine | EncoderEngine],
+    layers: Sequence[str],
+    texts: "list[Tokens]",
+    directory: Path,
+    records: dict[str, list[PassRecord]],
+    threads: int,
+) -> None:
+    """Look for the largest activations of engines that this machine does not execute, and record them."""
+    from llmopt.evaluation.proxy import check_range
+
+    for engine in engines:
+        if engine.target != "cpu":
+            records[engine.path].append(check_range(directory, engine, texts, layers=layers, threads=threads))
 
 
 def _may_pack(recipe: Recipe, model: Model, directory: Path, engine: Engine) -> bool:

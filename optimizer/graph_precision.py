@@ -19,6 +19,11 @@ _NUMBERS = {
     ir.DataType.FLOAT16: np.dtype(np.float16),
     ir.DataType.BFLOAT16: np.dtype(ml_dtypes.bfloat16),
 }
+_LIMITS = {kind: ml_dtypes.finfo(numbers) for kind, numbers in _NUMBERS.items()}  # type: ignore[no-untyped-call]
+_Role: TypeAlias = Literal["weight", "scale", "constant"]
+"""What a number that would become 0 is: a weight may; a scale may not; a constant, which often keeps a divisor from
+being 0, becomes the smallest number that no GPU takes for 0."""
+
 _RESULT_TYPES = ("to", "output_dtype", "dtype")
 """Attributes that name the type of a node's result."""
 _SCALED = ("QuantizeLinear", "DequantizeLinear")
@@ -40,8 +45,7 @@ def set_precision(graph: ir.Model, precision: Precision) -> int:
         How many values changed their type.
 
     Raises:
-        PassError: A number is beyond the type's range, or a scale or a constant below it. For lazy tensors raised
-            when they are read.
+        PassError: A number is beyond the type's range, or a scale below it. For lazy tensors raised when they are read.
     """
     kind = _FLOATS[precision]
     kept = [
@@ -78,7 +82,7 @@ def _set_initializer(value: ir.Value, kind: ir.DataType) -> int:
     if scales and all(_has_wide_scales(node) for node in scales):
         return 0
     is_scalar = value.shape is not None and value.shape.rank() == 0
-    value.const_value = _converted(tensor, kind, exact=is_scalar or bool(scales))
+    value.const_value = _converted(tensor, kind, role="scale" if scales else "constant" if is_scalar else "weight")
     return _set_type(value, kind)
 
 
@@ -89,33 +93,42 @@ def _has_wide_scales(node: ir.Node) -> bool:
     return not has_groups and node.inputs[0] is not None and node.inputs[0].dtype != ir.DataType.INT4
 
 
-def _converted(tensor: ir.TensorProtocol, kind: ir.DataType, *, exact: bool) -> ir.TensorProtocol:
-    """The tensor in another type; with ``exact`` a number that would become 0, as a scale or a divisor, is an error."""
+_INFINITE = 1e30
+"""A constant as large stands for more than any number, as in masks, and becomes the largest there is."""
+
+
+def _converted(tensor: ir.TensorProtocol, kind: ir.DataType, *, role: _Role) -> ir.TensorProtocol:
+    """The tensor in another type."""
     name, shape = str(tensor.name), tensor.shape.numpy()
     if isinstance(tensor, StackedTensor):
         part = tensor.part
-        return StackedTensor(name, kind, shape, lambda i: _rounded(name, part(i), kind, exact=exact))
+        return StackedTensor(name, kind, shape, lambda i: _rounded(name, part(i), kind, role=role))
     if isinstance(tensor, ir.LazyTensor | ir.ExternalTensor):
-        return lazy_tensor(name, kind, shape, lambda: _rounded(name, tensor.numpy(), kind, exact=exact))
-    return ir.tensor(_rounded(name, tensor.numpy(), kind, exact=exact), dtype=kind, name=name)
+        return lazy_tensor(name, kind, shape, lambda: _rounded(name, tensor.numpy(), kind, role=role))
+    return ir.tensor(_rounded(name, tensor.numpy(), kind, role=role), dtype=kind, name=name)
 
 
-def _rounded(name: str, array: np.ndarray, kind: ir.DataType, *, exact: bool) -> np.ndarray:
+def _rounded(name: str, array: np.ndarray, kind: ir.DataType, *, role: _Role) -> np.ndarray:
     """The nearest numbers of the type.
 
     Raises:
-        PassError: There is none, or where zero will not do, only zero.
+        PassError: There is none, or only zero and that will not do.
     """
     numbers = _NUMBERS[kind]
     with np.errstate(over="ignore", under="ignore"):
         rounded = array.astype(numbers)
     beyond = np.isinf(rounded) & np.isfinite(array)
     if beyond.any():
-        largest = float(np.abs(array[beyond]).max())
-        raise PassError(f"{name} holds {largest:.4g}, which is beyond {numbers.name}", hint="take bf16")
-    if exact and (vanished := (rounded == 0) & (array != 0)).any():
-        smallest = float(np.abs(array[vanished]).min())
-        raise PassError(f"{name} holds {smallest:.4g}, which becomes 0 in {numbers.name}", hint="take bf16")
+        if role != "constant" or np.abs(array[beyond]).min() < _INFINITE:
+            largest = float(np.abs(array[beyond]).max())
+            raise PassError(f"{name} holds {largest:.4g}, which is beyond {numbers.name}", hint="take bf16")
+        rounded = np.where(beyond, np.sign(array).astype(numbers) * _LIMITS[kind].max, rounded)
+    vanished = (rounded == 0) & (array != 0)
+    if vanished.any() and role != "weight":
+        if role == "scale":
+            smallest = float(np.abs(array[vanished]).min())
+            raise PassError(f"{name} holds {smallest:.4g}, which becomes 0 in {numbers.name}", hint="take bf16")
+        rounded = np.where(vanished, np.sign(array).astype(numbers) * _LIMITS[kind].smallest_normal, rounded)
     return rounded
 
 
@@ -128,7 +141,7 @@ def _set_attributes(node: ir.Node, kind: ir.DataType) -> None:
             node.attributes[name] = ir.AttrInt64(name, kind.value)
     for name, attribute in list(node.attributes.items()):
         if attribute.type == ir.AttributeType.TENSOR and attribute.as_tensor().dtype in _NUMBERS:
-            node.attributes[name] = ir.AttrTensor(name, _converted(attribute.as_tensor(), kind, exact=True))
+            node.attributes[name] = ir.AttrTensor(name, _converted(attribute.as_tensor(), kind, role="constant"))
 
 
 def _cast_back(graph: ir.Graph, value: ir.Value, kind: ir.DataType, dtype: ir.DataType) -> None:

@@ -91,6 +91,7 @@ class EncoderEngine(_Entry):
     pad_token: int = Field(description="The id that stands where a text has no token.")
     pooling: PoolingMode = Field(description="How the tokens' vectors become one; see optimizer/pooling.py.")
     normalize: bool = Field(description="Whether vectors have length 1.")
+    dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="What floats are computed in.")
     prompts: dict[str, str] = Field({}, description="What texts are read behind, by name.")
     default_prompt: str | None = Field(None, description="The name of the prompt where a caller names none.")
     features: list[str] = []
@@ -210,9 +211,12 @@ class Manifest(_Entry):
     files: dict[str, FileEntry] = {}
 
     def bytes_of(self, engine: Engine | EncoderEngine) -> int:
-        """What an engine takes on the disk where it is executed: its folder, or the largest file compiled of it."""
+        """What an engine takes on the disk where it is executed: its folder, or the largest file compiled of it.
+
+        0 as long as no files are listed.
+        """
         if engine.compiled:
-            return max(self.files[path].bytes for path in engine.compiled.values())
+            return max((self.files[path].bytes for path in engine.compiled.values() if path in self.files), default=0)
         folder = engine.path.rpartition("/")[0]
         return sum(entry.bytes for name, entry in self.files.items() if name.startswith(f"{folder}/"))
 

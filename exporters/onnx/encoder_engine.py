@@ -17,7 +17,7 @@ from llmopt.optimizer.model import Model
 from llmopt.optimizer.target import Target
 from llmopt.optimizer.tokenizer_config import read_object
 
-__all__ = ["export_encoder"]
+__all__ = ["describe_encoder", "export_encoder", "lowered_encoder"]
 
 _TOKENIZER_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -42,22 +42,53 @@ def export_encoder(
     Raises:
         VerificationError: The lowered graph does not compute what the standard graph does.
     """
-    differences = verify_encoder(model, target, level=context.verify, seed=context.seed)
+    graph, records = lowered_encoder(model, target, target, context)
+    save_graph(graph, directory / "engine", context)
+    _write_folder(model, directory / "engine", capacity)
+    return describe_encoder(model, target, graph, capacity, exporter="onnx", path="engine/model.onnx"), records
+
+
+def lowered_encoder(
+    model: Model, target: Target, verified: Target, context: PassContext
+) -> tuple[ir.Model, list[PassRecord]]:
+    """The graph that ``target`` executes, with a record per graph pass and one of their verification.
+
+    Args:
+        model: The encoder.
+        target: Executes it.
+        verified: Whose graph passes are compared here: the same target, or what a CPU can run of it.
+        context: See ``Exporter.export``.
+
+    Raises:
+        VerificationError: The lowered graph does not compute what the standard graph does.
+    """
+    differences = verify_encoder(model, verified, level=context.verify, seed=context.seed)
     steps = passed(encoder_graph(model), target.encoder_passes, options=target.options, strict=context.strict)
     graph, records = finished(steps)
     options = {"level": context.verify}
     records.append(PassRecord(name="verify_lowering", options=options, changed=False, details=differences))
-    save_graph(graph, directory / "engine", context)
-    _write_folder(model, directory / "engine", capacity)
-    return _describe(model, target, graph, capacity), records
+    return graph, records
 
 
-def _describe(model: Model, target: Target, graph: ir.Model, capacity: int) -> EncoderEngine:
+def describe_encoder(
+    model: Model, target: Target, graph: ir.Model, capacity: int, *, exporter: str, path: str, **details: Any
+) -> EncoderEngine:
+    """What the manifest says of an encoder's engine.
+
+    Args:
+        model: The encoder.
+        target: Executes it.
+        graph: As it is executed.
+        capacity: Tokens of the longest text.
+        exporter: Wrote it.
+        path: The graph's file, relative to the build directory.
+        details: Other fields.
+    """
     encoder, pooling = model.encoder, model.pooling
     return EncoderEngine(
-        exporter="onnx",
+        exporter=exporter,
         target=target.name,
-        path="engine/model.onnx",
+        path=path,
         inputs=[tensor_info(value) for value in graph.graph.inputs],
         outputs=[tensor_info(value) for value in graph.graph.outputs],
         num_layers=len(encoder.layers),
@@ -69,7 +100,8 @@ def _describe(model: Model, target: Target, graph: ir.Model, capacity: int) -> E
         normalize=pooling.normalize,
         prompts=dict(pooling.prompts),
         default_prompt=pooling.default_prompt,
-        features=vnni_feature(model),
+        features=vnni_feature(model) if target.name == "cpu" else [],
+        **details,
     )
 
 

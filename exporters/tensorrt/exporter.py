@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 import onnx_ir as ir
 from pydantic import Field, field_validator
 
+from llmopt.exporters.onnx.encoder_engine import describe_encoder, lowered_encoder
 from llmopt.exporters.onnx.engine_files import save_graph, tensor_info
 from llmopt.exporters.onnx.lowering import lowered_graph
 from llmopt.exporters.onnx.rope import check_rope, longest_with, rope_note
@@ -40,9 +41,11 @@ class TensorRT(Exporter):
         "tensorrt for the one that is here.",
     )
     precision: Literal["fp16", "bf16"] = Field("fp16", description="What is not quantized is stored and computed in.")
-    slots: int = Field(8, ge=1, description="Most sequences in one decode call.")
+    slots: int = Field(8, ge=1, description="Most sequences in one decode call; of an encoder, texts in one call.")
     capacity: int | None = Field(
-        None, ge=4, description="The length of a slot in tokens; omitted: 2048, or the model's own positions if fewer."
+        None,
+        ge=4,
+        description="The length of a slot, or of an encoder's texts, in tokens; omitted: 2048, or what the model has.",
     )
     max_chunk: int = Field(512, ge=1, description="Most tokens in one prefill call.")
     workspace: float | None = Field(
@@ -50,6 +53,7 @@ class TensorRT(Exporter):
     )
 
     folder: ClassVar[str] = "tensorrt"
+    for_encoders: ClassVar[bool] = True
 
     @field_validator("targets")
     @classmethod
@@ -79,9 +83,12 @@ class TensorRT(Exporter):
             UnsupportedError: The package does not compile for a target, or the model has no such graph.
         """
         find_package().check_targets(self.targets)
-        for rope in model.decoder.ropes:
-            check_rope(rope)
-        longest = min((longest_with(rope) for rope in model.decoder.ropes), default=model.decoder.max_positions)
+        if model.is_encoder:
+            longest = model.encoder.max_positions
+        else:
+            for rope in model.decoder.ropes:
+                check_rope(rope)
+            longest = min((longest_with(rope) for rope in model.decoder.ropes), default=model.decoder.max_positions)
         if self.capacity is not None and self.capacity > longest:
             raise UnsupportedError(
                 f"capacity {self.capacity} is beyond the model's {longest} positions", hint="lower it or leave it out"
@@ -89,6 +96,8 @@ class TensorRT(Exporter):
 
     def longest(self, model: Model) -> int:
         """See ``Exporter.longest``."""
+        if model.is_encoder:
+            return self.capacity or min(_CAPACITY, model.pooling.max_tokens or _CAPACITY, model.encoder.max_positions)
         return self.capacity or min(_CAPACITY, model.decoder.max_positions)
 
     def estimate(self, model: Model) -> int:
@@ -107,31 +116,51 @@ class TensorRT(Exporter):
                 as something else.
             UnsupportedError: TensorRT does not take a node of it.
         """
+        (target,) = self.executors()
+        if model.is_encoder:
+            return self._export_encoder(model, target, directory, context)
+        return self._export_decoder(model, target, directory, context)
+
+    def _export_decoder(
+        self, model: Model, target: Target, directory: Path, context: PassContext
+    ) -> tuple[Engine, list[PassRecord]]:
         capacity = self.longest(model)
         for rope in model.decoder.ropes:
             if note := rope_note(rope, capacity):
                 context.note(note)
-        (target,) = self.executors()
         differences = verify_lowering(model, self._verified(target), level=context.verify, seed=context.seed)
         graph, records = lowered_graph(model, target, capacity=capacity, strict=context.strict)
         options = {"level": context.verify}
         records.append(PassRecord(name="verify_lowering", options=options, changed=False, details=differences))
         fix_capacity(graph, capacity)
-        name_nodes(graph)
-        folder = directory / self.folder
-        save_graph(graph, folder, context)
-        compiled, record = self._compile(graph, folder, self._profiles(capacity), context)
+        compiled, record = self._compile(graph, directory, self._profiles(capacity), context)
         return self._describe(model, graph, capacity, compiled), [*records, record]
+
+    def _export_encoder(
+        self, model: Model, target: Target, directory: Path, context: PassContext
+    ) -> tuple[EncoderEngine, list[PassRecord]]:
+        capacity = self.longest(model)
+        graph, records = lowered_encoder(model, target, self._verified(target), context)
+        texts, tokens = (1, self.slots, self.slots), (1, capacity, capacity)
+        profile = Profile("texts", {"batch": texts, "tokens": tokens})
+        compiled, record = self._compile(graph, directory, [profile], context)
+        engine = describe_encoder(
+            model, target, graph, capacity,
+            exporter="tensorrt", path=f"{self.folder}/model.onnx", compiled=compiled, dtype=self._dtype,
+        )  # fmt: skip
+        return engine, [*records, record]
 
     def _verified(self, target: Target) -> Target:
         """What ONNX Runtime can execute here: its CPU provider has no kernels for bfloat16."""
         return target if self.precision == "fp16" else target.in_precision("float32")
 
     def _compile(
-        self, graph: ir.Model, folder: Path, profiles: Sequence[Profile], context: PassContext
+        self, graph: ir.Model, directory: Path, profiles: Sequence[Profile], context: PassContext
     ) -> tuple[dict[str, str], PassRecord]:
-        """Files by GPU, relative to the build directory, and what was found."""
-        package = find_package()
+        """Save the graph and compile it: files by GPU, relative to the build directory, and what was found."""
+        name_nodes(graph)
+        package, folder = find_package(), directory / self.folder
+        save_graph(graph, folder, context)
         inputs, outputs = _dims(graph.graph.inputs), _dims(graph.graph.outputs)
         compiler = Compiler(package, folder / "model.onnx")
         details: dict[str, object] = {"package": package.title, "network": check_network(compiler.network, graph)}
