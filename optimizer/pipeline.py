@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from llmopt.optimizer.basis_file import read_bases, save_bases
 from llmopt.optimizer.cache import digest_of, locked, publish, sources_digest
 from llmopt.optimizer.contracts import CalibrationText, PassContext
 from llmopt.optimizer.errors import LlmoptError, PassError, is_out_of_memory
@@ -26,6 +27,7 @@ from llmopt.optimizer.weight_store import WeightStore, read_weights
 __all__ = ["Verifier", "each_pass", "run_passes"]
 
 _RECORD = "record.json"
+_BASES = "bases.safetensors"
 
 Verifier = Callable[..., Mapping[str, float]]
 """``calibration.same_function.verify_same_function``, which is out of this folder's reach."""
@@ -101,7 +103,7 @@ def each_pass(
                     context = replace(_context(step, work, tick, calibration), shared=_Shared(cache, entering))
                     _run(step, model, partial, recipe, context, verifier)
             shutil.rmtree(_work_of(directory), ignore_errors=True)
-            model, record = model.with_weights(read_weights(directory)), _read_record(directory)
+            model, record = _read_result(model, directory), _read_record(directory)
         if recipe.strict and record.fallbacks:
             raise refused_fallback(record.name, record.fallbacks[0])
         _tell(record, progress)
@@ -166,6 +168,12 @@ def _is_finished(directory: Path) -> bool:
     return True
 
 
+def _read_result(model: Model, directory: Path) -> Model:
+    """What the pass whose result lies there made of ``model``."""
+    bases = read_bases(directory / _BASES) if (directory / _BASES).is_file() else {}
+    return replace(model.with_weights(read_weights(directory)), bases=bases)
+
+
 def _read_record(directory: Path) -> PassRecord:
     return PassRecord.model_validate_json((directory / _RECORD).read_text(encoding="utf-8"))
 
@@ -204,12 +212,14 @@ def _run(
         text = f"{step.name} crashed: {type(error).__name__}: {error}; this is a bug in the pass"
         raise PassError(text, hint="run again with --debug for the traceback") from error
     store.close()
+    if result.bases:
+        save_bases(result.bases, directory / _BASES)
     record = recorder.record(changed=result is not model)
     (directory / _RECORD).write_text(record.model_dump_json(), encoding="utf-8")
 
 
 def _refuse_losses(name: str, model: Model, result: Model) -> None:
-    """Only weights are kept between passes, so that anything else a pass changed would be lost.
+    """Only weights and bases are kept between passes, so that anything else a pass changed would be lost.
 
     Raises:
         PassError: Something else was changed, or a weight was removed.
