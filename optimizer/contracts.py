@@ -103,6 +103,18 @@ class WeightPass(_Options):
     for_encoders: ClassVar[bool] = False
     """Whether it takes encoders too."""
 
+    trained_on_source: ClassVar[bool] = False
+    """Whether it brings in what was trained on the source model: passes before it may only change that if they record
+    how."""
+
+    records_bases: ClassVar[bool] = False
+    """Whether all that it changes is recorded in the model's ``bases``."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Files besides the model that the result depends on."""
+        return ()
+
     @property
     def adds(self) -> frozenset[Feature]:
         """What the model has afterwards that not every exporter can write."""

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from llmopt.optimizer.basis_file import read_bases, save_bases
 from llmopt.optimizer.cache import digest_of, locked, publish, sources_digest
 from llmopt.optimizer.contracts import CalibrationText, PassContext
+from llmopt.optimizer.digests import file_digests
 from llmopt.optimizer.errors import LlmoptError, PassError, is_out_of_memory
 from llmopt.optimizer.manifest import PassRecord, sha256_of
 from llmopt.optimizer.model import Model
@@ -95,7 +96,7 @@ def each_pass(
         step.instance.requires(model)
         text = [_text_digest(step, calibration)] if step.instance.needs_calibration else []
         entering = [digest, *text, *_surroundings()]
-        digest = digest_of([digest, *_identity(step), *text, recipe.seed, recipe.verify, *_surroundings()])
+        digest = digest_of([digest, *_identity(step, cache), *text, recipe.seed, recipe.verify, *_surroundings()])
         directory = cache / "passes" / digest
         with progress.step(step.name) as tick, locked(directory):
             if not _is_finished(directory):
@@ -230,10 +231,14 @@ def _refuse_losses(name: str, model: Model, result: Model) -> None:
         raise PassError(f"{name} {what}", hint="a pass may replace and add weights; this is a bug in the pass")
 
 
-def _identity(step: NamedPass) -> Sequence[object]:
-    """Which pass this is: name, options, and the file that defines it, which may be another distribution's."""
+def _identity(step: NamedPass, cache: Path) -> Sequence[object]:
+    """Which pass this is: name, options, the file that defines it, which may be another distribution's, and its files.
+
+    These are known by what is in them: a recipe and its adapters may move.
+    """
     file = getattr(sys.modules.get(type(step.instance).__module__), "__file__", None)
-    return [step.name, step.instance.model_dump(mode="json"), sha256_of(Path(file)) if file else ""]
+    files = file_digests({str(number): path for number, path in enumerate(step.instance.files)}, cache)
+    return [step.name, step.instance.model_dump(mode="json"), sha256_of(Path(file)) if file else "", files]
 
 
 def _surroundings() -> Sequence[str | int]:

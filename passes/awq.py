@@ -41,6 +41,11 @@ class Awq(CalibratedQuantPass):
         """See ``SchemeQuantPass.leaves_floats``."""
         return not self.rounds
 
+    @property
+    def records_bases(self) -> bool:  # type: ignore[override]  # the class alone does not know
+        """Whether weights are scaled and not rounded."""
+        return not self.rounds
+
     def requires(self, model: Model) -> None:
         """See ``WeightPass.requires``."""
         super().requires(model)

@@ -25,6 +25,7 @@ class Rescale(WeightPass):
     """
 
     keeps_function: ClassVar[bool] = True
+    records_bases: ClassVar[bool] = True
 
     range: float = Field(
         1.42, gt=1, le=16, description="Largest factor; factors are drawn log-uniformly between its inverse and itself."

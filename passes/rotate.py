@@ -46,6 +46,7 @@ class Rotate(WeightPass):
     """
 
     keeps_function: ClassVar[bool] = True
+    records_bases: ClassVar[bool] = True
 
     residual: bool = Field(
         True, description="Whether the residual stream is rotated and norms are folded into linears."

@@ -30,6 +30,7 @@ class Smoothquant(WeightPass):
     """
 
     keeps_function: ClassVar[bool] = True
+    records_bases: ClassVar[bool] = True
     needs_calibration: ClassVar[bool] = True
 
     alpha: float = Field(

@@ -282,6 +282,24 @@ def test_another_source_model_runs_it_again(run, model: Model) -> None:
     assert CALLS == ["scale 2", "scale 2"]
 
 
+class Reads(Scale):
+    """Depends on a file."""
+
+    path: Path
+
+    @property
+    def files(self):
+        return (self.path,)
+
+
+def test_a_pass_depends_on_what_is_in_its_files_and_not_on_when_they_were_written(run, tmp_path: Path) -> None:
+    file = tmp_path / "adapter"
+    for text in ("one", "two", "one"):
+        file.write_text(text)
+        run(Reads(path=file))
+    assert CALLS == ["scale 2", "scale 2"]
+
+
 def test_changed_sources_run_everything_again(run, monkeypatch: pytest.MonkeyPatch) -> None:
     run(Scale(), Talk())
     monkeypatch.setattr(pipeline, "sources_digest", lambda: "another compiler")
