@@ -123,6 +123,10 @@ class WeightPass(_Options):
     def requires(self, model: "Model") -> None:
         """Raise ``PassError`` when ``model`` cannot be given to this pass. Cheap: no tensor is read."""
 
+    def yardstick(self, source: "Model", seed: int) -> "Model":  # noqa: ARG002 - for those that change what is wanted
+        """What a build with this pass is measured against: ``source``, unless the pass is there to change that."""
+        return source
+
     @abstractmethod
     def run(self, model: "Model", context: PassContext) -> "Model":
         """The changed model, or ``model`` itself when there was nothing to do. Never mutates the input."""

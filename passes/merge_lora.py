@@ -1,11 +1,13 @@
 """Merges LoRA adapters into the weights, several at once, and into quantized weights too."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from llmopt.optimizer.cache import digest_of
 from llmopt.optimizer.contracts import PassContext, WeightPass
 from llmopt.optimizer.errors import LlmoptError, PassError
 from llmopt.optimizer.lora.adapter import Adapter, read_adapter
@@ -105,15 +107,27 @@ class MergeLora(WeightPass):
         """See ``WeightPass.run``. Records the adapters, and of weights that were rounded again what that cost."""
         adapters = self._read(model)
         self._describe(adapters, model, context)
-        combination = Combination(self.combine, self.density or 1.0, self.majority_sign_method, context.seed)
-        weighted = [(option.weight, adapter) for option, adapter in zip(self.adapters, adapters, strict=True)]
-        model, merged = untied(model, merged_weights(model, weighted, combination), context)
+        model, merged = self._merged(model, adapters, context)
         quantized = {name: each for name, each in merged.items() if isinstance(model.weights[name], QuantWeight)}
         floats = {name: each for name, each in merged.items() if name not in quantized}
         for done, name in enumerate(floats, start=1):
             model = model.with_weights(context.keep({name: floats[name]}))
             context.progress(done, len(merged))
         return self._requantized(model, quantized, context) if quantized else model
+
+    def yardstick(self, source: Model, seed: int) -> Model:
+        """See ``WeightPass.yardstick``. In float also what is quantized in ``source``; made when it is read."""
+        model, merged = self._merged(source, self._read(source), PassContext(seed=seed))
+        digest = digest_of([source.source.digest, self.model_dump(mode="json"), list(map(sha256_of, self.files)), seed])
+        return replace(model.with_weights(merged), source=replace(source.source, digest=digest))
+
+    def _merged(
+        self, model: Model, adapters: list[Adapter], context: PassContext
+    ) -> tuple[Model, Mapping[str, DenseWeight]]:
+        """The model with a head of its own where it needs one, and every weight that adapters change."""
+        combination = Combination(self.combine, self.density or 1.0, self.majority_sign_method, context.seed)
+        weighted = [(option.weight, adapter) for option, adapter in zip(self.adapters, adapters, strict=True)]
+        return untied(model, merged_weights(model, weighted, combination), context)
 
     def _read(self, model: Model) -> list[Adapter]:
         return [read_adapter(each.path.place, model) for each in self.adapters]
@@ -131,19 +145,14 @@ class MergeLora(WeightPass):
                 )
 
     def _describe(self, adapters: list[Adapter], model: Model, context: PassContext) -> None:
-        described = {}
         for option, adapter in zip(self.adapters, adapters, strict=True):
             text, config = option.path.text, adapter.config
-            described[text] = {
-                "weight": option.weight,
-                "kind": "DoRA" if config.use_dora else "rsLoRA" if config.use_rslora else "LoRA",
-                "rank": config.r,
-                "weights": len(adapter.changes),
-                "sha256": {file.name: sha256_of(file) for file in adapter.files},
-            }
+            kind = "DoRA" if config.use_dora else "rsLoRA" if config.use_rslora else "LoRA"
+            context.note(f"{text}: {kind} of rank {config.r}, changes {len(adapter.changes)} weights")
             if (other := adapter.other_base(model.source.spec)) is not None:
                 context.note(f"{text} says that it was trained on {other}; its shapes fit {model.source.spec}")
-        context.detail("adapters", described)
+        context.note("the build is measured against the source model with this in it")
+        context.detail("files", list(map(sha256_of, self.files)))
 
     def _requantized(self, model: Model, merged: Mapping[str, DenseWeight], context: PassContext) -> Model:
         """The model with the merged weights, rounded as they were in ``model``."""

@@ -45,11 +45,6 @@ class Adapter:
     changes: Mapping[str, Change]
 
     @property
-    def files(self) -> tuple[Path, Path]:
-        """All that was read."""
-        return self.folder / CONFIG_NAME, self.folder / WEIGHTS_NAME
-
-    @property
     def is_low_rank(self) -> bool:
         """Whether it is nothing but products of two factors."""
         return all(isinstance(change, LowRank) for change in self.changes.values())

@@ -8,9 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llmopt.evaluation.again import Question, evaluate
+from llmopt.evaluation.bisect import Text, bisect
 from llmopt.optimizer.cli.main import main
-from llmopt.optimizer.errors import RecipeError
+from llmopt.optimizer.errors import InputError, RecipeError
 from llmopt.optimizer.manifest import Manifest
+from llmopt.optimizer.progress import Silent
 from llmopt.optimizer.recipe import Recipe
 
 MERGE = {"merge_lora": {"adapters": [{"path": "adapters/support"}]}}
@@ -111,12 +114,11 @@ def test_a_build_names_its_adapters_and_follows_their_contents(recipe_of, adapte
     path = adapter / "adapter_model.safetensors"
     recipe = recipe_of(passes=[MERGE, {"round_to_nearest": {"scheme": "W8A16"}}])
     first, _ = build(recipe, tmp_path / "first", capsys)
-    entry = first.passes[0].details["adapters"]["adapters/support"]
-    assert (entry["kind"], entry["rank"], entry["weights"]) == ("LoRA", 4, 6)
+    assert first.passes[0].notes[0] == "adapters/support: LoRA of rank 4, changes 6 weights"
     tensors = load_file(path)
     save_file({name: tensor * 2 for name, tensor in tensors.items()}, path)
     second, _ = build(recipe, tmp_path / "second", capsys)
-    assert second.passes[0].details["adapters"]["adapters/support"]["sha256"] != entry["sha256"]
+    assert second.passes[0].details["files"] != first.passes[0].details["files"]
     assert second.files["engine/model.onnx.data"] != first.files["engine/model.onnx.data"]
     save_file(tensors, path)
     third, _ = build(recipe, tmp_path / "third", capsys)
@@ -147,3 +149,33 @@ def test_what_requantizing_a_base_costs_is_shown(recipe_of, adapter, tiny_llama,
     assert "rounded again" in shown
     assert f"{errors['model.layers.0.self_attn.q_proj']:.4f}" in shown
     assert json.loads((tmp_path / "out/manifest.json").read_text())["passes"][0]["details"]["adapter_kept"]
+
+
+def test_a_build_is_measured_against_the_source_with_its_adapters(recipe_of, adapter, tmp_path, capsys, monkeypatch):
+    """In float nothing is lost, however far the adapter is from the base; also when it is measured again."""
+    gates = [{"metric": "kl", "max": 1e-4, "windows": 2, "tokens": 16}]
+    recipe = recipe_of(passes=[MERGE], accept=gates)
+    manifest, _ = build(recipe, tmp_path / "out", capsys)
+    unmerged, _ = build(recipe_of("plain.yaml", passes=[], accept=gates), tmp_path / "plain", capsys)
+    assert manifest.verdict.status == "accepted"
+    digests = [each.measurements[0].data_digest for each in (manifest, unmerged)]
+    assert digests[0] != digests[1], "texts are sampled from the model that is wanted"
+    monkeypatch.chdir(tmp_path)
+    again = evaluate(tmp_path / "out", Question(), Silent())
+    assert again.measurements == manifest.measurements
+    (adapter / "adapter_config.json").write_text((adapter / "adapter_config.json").read_text() + " ")
+    with pytest.raises(InputError, match="the adapters that were merged by merge_lora have changed"):
+        evaluate(tmp_path / "out", Question(), Silent())
+    monkeypatch.chdir(tmp_path / "adapters")
+    with pytest.raises(InputError, match=r"cannot be read: there is no adapters/support") as raised:
+        evaluate(tmp_path / "out", Question(), Silent())
+    assert "in the folder that the recipe was in" in str(raised.value.hint)
+
+
+def test_merging_costs_nothing_when_passes_are_measured_one_by_one(recipe_of, adapter, tmp_path) -> None:
+    recipe = Recipe.load(recipe_of(passes=[MERGE, "rotate"]))
+    found = bisect(
+        recipe, Text(windows=2, tokens=16), lambda model: iter(()), cache=tmp_path / "cache", progress=Silent()
+    )
+    assert [step.name for step in found.steps] == ["source model", "merge_lora", "rotate"]
+    assert all(step.kl < 1e-6 for step in found.steps)
