@@ -115,11 +115,13 @@ class Replaced:
 
 @dataclass(frozen=True, slots=True)
 class Added:
-    """A bias ``[out]`` behind LoRA's second factor."""
+    """A bias ``[out]`` behind LoRA's second factor, which is added to the linear's, or to ``trained`` in its place."""
 
     value: Stored
     scaling: float
+    trained: Stored | None = None
 
-    def of(self, base: Tensor) -> Tensor:  # noqa: ARG002 - it does not depend on it
+    def of(self, base: Tensor) -> Tensor:
         """See ``Change``."""
-        return self.value.read() * self.scaling
+        added = self.value.read() * self.scaling
+        return added if self.trained is None else added + (self.trained.read() - base)

@@ -1,6 +1,7 @@
 """From an adapter's tensors to changes of weights: which weight each belongs to, and in which shape."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -65,15 +66,19 @@ class Targets:
                 extra.append(name)
                 continue
             self._check_shape(name, tensor.shape, parameter.shape)
-            stored = Stored(name, tensor, _transposed if parameter.transposed else None)
+            stored = _weights_of(name, tensor, parameter)
             if is_table:
-                tables[parameter.weights[0]] = stored
+                tables |= stored
             else:
-                changes[parameter.weights[0]] = Replaced(stored)
+                changes |= {weight: Replaced(value) for weight, value in stored.items()}
         for (module, depth), parts in factors.items():
             found = self._adapted(module, depth, parts, tables)
             extra += [] if found else [f"{module}.{next(iter(parts))}"]
-            changes |= found
+            for weight, change in found.items():
+                trained = changes.get(weight)
+                if isinstance(change, Added) and isinstance(trained, Replaced):
+                    change = replace(change, trained=trained.value)
+                changes[weight] = change
         extra += [name for name in tables if name not in changes]
         if extra:
             raise InputError(
@@ -172,6 +177,21 @@ class Targets:
                 f"{self._folder}: {name} is {list(found)}, and {self._spec} needs {list(expected)}",
                 hint=f"it is for another base, which it calls {self._trained_on}, or r is not its rank",
             )
+
+
+def _weights_of(name: str, tensor: FileTensor, parameter: Parameter) -> dict[str, Stored]:
+    """Our weights in a tensor that is a whole parameter."""
+    if not parameter.is_stacked:
+        return {parameter.weights[0]: Stored(name, tensor, _transposed if parameter.transposed else None)}
+    shape = (len(parameter.weights), *parameter.weight_shape)
+    return {
+        weight: Stored(name, tensor, partial(_matrix_of, shape=shape, number=number))
+        for number, weight in enumerate(parameter.weights)
+    }
+
+
+def _matrix_of(values: Tensor, *, shape: tuple[int, ...], number: int) -> Tensor:
+    return values.reshape(shape)[number]
 
 
 def _transposed(values: Tensor) -> Tensor:

@@ -52,6 +52,8 @@ CASES = {
     "bias all": ("llama-odd", {"target_modules": ["q_proj", "down_proj"], "bias": "all"}),
     "bias of adapted": ("qwen2", {"target_modules": ["q_proj"], "bias": "lora_only"}),
     "bias of factors": ("llama-odd", {"target_modules": LINEARS, "lora_bias": True, "use_rslora": True}),
+    "both biases": ("llama-odd", {"target_modules": ["q_proj", "up_proj"], "lora_bias": True, "bias": "all"}),
+    "saved experts": ("mixtral", {"target_modules": ["q_proj"], "modules_to_save": ["experts", "mlp.gate"]}),
     "saved modules": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm", "down_proj"]}),
     "embedding": ("llama", {"target_modules": ["embed_tokens", "lm_head", "v_proj"]}),
     "embedding dora": ("qwen3", {"target_modules": ["embed_tokens", "lm_head", "v_proj"], "use_dora": True}),
