@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from llmopt.calibration.lines import read_lines
 from llmopt.calibration.sampling import Sampling, sample_tokens
 from llmopt.calibration.texts import read_tokens
@@ -11,10 +13,11 @@ from llmopt.evaluation.gates import gates_of, judge, texts_for
 from llmopt.evaluation.measure import measure
 from llmopt.evaluation.proxy import measurable, open_encoder
 from llmopt.evaluation.vectors import measure_vectors
+from llmopt.optimizer import loader
 from llmopt.optimizer.cache import cache_root
 from llmopt.optimizer.errors import InputError
 from llmopt.optimizer.gates import SAMPLED_WINDOWS, Gate
-from llmopt.optimizer.manifest import Manifest, Measurement, Verdict
+from llmopt.optimizer.manifest import Manifest, Measurement, Verdict, sha256_of
 from llmopt.optimizer.model import Model
 from llmopt.optimizer.progress import Progress
 from llmopt.optimizer.sources import load_model
@@ -88,6 +91,7 @@ def evaluate(directory: Path, question: Question, progress: Progress) -> Result:
     if manifest.encoders:
         measurements = _vectors(directory, manifest, gates, question, model, progress)
         return Result(measurements, judge(gates, measurements), not_judged, _changed_texts(manifest, measurements))
+    model = _with_adapters(manifest, model)
     texts = _texts(gates, model, manifest, question, progress)
     engine = manifest.engines[0]
     longest = max(text.ids.shape[1] for text in texts)
@@ -127,6 +131,30 @@ def _source(manifest: Manifest, question: Question) -> Model:
             f"{spec} is not the model this build was made from; other contents: {', '.join(changed)}", hint=hint
         )
     return model
+
+
+def _with_adapters(manifest: Manifest, source: Model) -> Model:
+    """What the build was measured against: the source model with the adapters that were merged into it.
+
+    Raises:
+        InputError: They are not where the recipe says, seen from here, or are others.
+    """
+    seed = int(manifest.recipe.get("seed", 0))
+    for record, item in zip(manifest.passes, manifest.recipe.get("passes", []), strict=False):
+        ((name, options),) = item.items()
+        kind = loader.load("passes", name)
+        if not kind.trained_on_source:
+            continue
+        hint = "run llmopt eval in the folder that the recipe was in, with the adapters that it had"
+        try:
+            step = kind.model_validate(options)
+        except ValidationError as error:
+            said = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise InputError(f"the adapters that were merged by {name} cannot be read: {said}", hint=hint) from error
+        if [sha256_of(file) for file in step.files] != record.details.get("files"):
+            raise InputError(f"the adapters that were merged by {name} have changed", hint=hint)
+        source = step.yardstick(source, seed)
+    return source
 
 
 def _with_data(gates: Sequence[Gate], data: Sequence[Path]) -> tuple[list[Gate], list[Gate]]:

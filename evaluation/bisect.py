@@ -176,12 +176,13 @@ def bisect(
     with progress.step("load the model"):
         model = load_model(recipe.model, cache=cache, base=recipe.base, offline=offline)
         text = _fitting(recipe, model, text)
+        measured = recipe.yardstick(model)
     with progress.step("texts") as tick:
-        tokens = _tokens(text, model, seed=recipe.seed, threads=threads, tick=tick)
-        calibration = checked_calibration(recipe, model, [tokens], cache=cache, offline=offline, progress=tick)
+        tokens = _tokens(text, measured, seed=recipe.seed, threads=threads, tick=tick)
+        calibration = checked_calibration(recipe, measured, [tokens], cache=cache, offline=offline, progress=tick)
     started = time.monotonic()
     with progress.step("source model"):
-        yardstick = Yardstick(model, tokens.ids, threads=threads)
+        yardstick = Yardstick(measured, tokens.ids, threads=threads)
     source = Step("source model", "source", True, None, 0.0, 1.0, 0.0, None, time.monotonic() - started)
     passes = each_pass(
         model, recipe, cache=cache, progress=progress, calibration=calibration, verifier=verify_same_function

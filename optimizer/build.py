@@ -90,9 +90,10 @@ def build(
         with record.step("load_model"):
             source = load_model(recipe.model, cache=cache, base=recipe.base, offline=offline)
             _check(recipe, source, output)
+            yardstick = recipe.yardstick(source)
         with record.step("texts"):
-            texts = _texts(recipe, recipe.accept, source, progress)
-            calibration = _calibration(recipe, source, texts, cache, progress, offline=offline)
+            texts = _texts(recipe, recipe.accept, yardstick, progress)
+            calibration = _calibration(recipe, yardstick, texts, cache, progress, offline=offline)
         with record.step("passes"):
             model, passes = run_passes(
                 source,
@@ -113,7 +114,7 @@ def build(
             else:
                 judged = model if engines else _as_written(model, checkpoints, directory, cache)
                 measurements, verdict = _measure(
-                    recipe, source, judged, engines, texts, directory, graph_passes, progress
+                    recipe, yardstick, judged, engines, texts, directory, graph_passes, progress
                 )
         manifest = Manifest(
             llmopt=version("llmopt"),

@@ -103,6 +103,18 @@ class WeightPass(_Options):
     for_encoders: ClassVar[bool] = False
     """Whether it takes encoders too."""
 
+    trained_on_source: ClassVar[bool] = False
+    """Whether it brings in what was trained on the source model: passes before it may only change that if they record
+    how."""
+
+    records_bases: ClassVar[bool] = False
+    """Whether all that it changes is recorded in the model's ``bases``."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Files besides the model that the result depends on."""
+        return ()
+
     @property
     def adds(self) -> frozenset[Feature]:
         """What the model has afterwards that not every exporter can write."""
@@ -110,6 +122,10 @@ class WeightPass(_Options):
 
     def requires(self, model: "Model") -> None:
         """Raise ``PassError`` when ``model`` cannot be given to this pass. Cheap: no tensor is read."""
+
+    def yardstick(self, source: "Model", seed: int) -> "Model":  # noqa: ARG002 - for those that change what is wanted
+        """What a build with this pass is measured against: ``source``, unless the pass is there to change that."""
+        return source
 
     @abstractmethod
     def run(self, model: "Model", context: PassContext) -> "Model":

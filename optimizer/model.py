@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llmopt.optimizer.arch.base import Arch
+from llmopt.optimizer.basis import Basis, followed
 from llmopt.optimizer.decoder import Decoder
 from llmopt.optimizer.encoder import Encoder, EncoderArch, describe_encoder
 from llmopt.optimizer.errors import UnsupportedError
@@ -239,6 +240,8 @@ class Model:
             is no ``lm_head.weight``: the head uses the embedding's entry.
         source: Where it came from.
         pooling: How an encoder's vectors become one; of no meaning for a decoder.
+        bases: What passes did to the inputs and outputs of linears and tables, by module; those that are not here stand
+            as in the checkpoint. Adapters trained on that follow it.
     """
 
     family: Arch | EncoderArch
@@ -246,10 +249,15 @@ class Model:
     weights: Mapping[str, Weight]
     source: Source
     pooling: Pooling = field(default_factory=Pooling)
+    bases: Mapping[str, Basis] = field(default_factory=dict)
 
     def with_weights(self, changed: Mapping[str, Weight]) -> "Model":
         """This model with some weights replaced or added; the rest is shared."""
         return replace(self, weights=MappingProxyType({**self.weights, **changed}))
+
+    def with_bases(self, later: Mapping[str, Basis]) -> "Model":
+        """This model with what was done to some modules behind what had been done to them; weights are as they were."""
+        return replace(self, bases=MappingProxyType(followed(self.bases, later)))
 
     @property
     def is_encoder(self) -> bool:

@@ -13,8 +13,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from llmopt.optimizer.basis_file import read_bases, save_bases
 from llmopt.optimizer.cache import digest_of, locked, publish, sources_digest
 from llmopt.optimizer.contracts import CalibrationText, PassContext
+from llmopt.optimizer.digests import file_digests
 from llmopt.optimizer.errors import LlmoptError, PassError, is_out_of_memory
 from llmopt.optimizer.manifest import PassRecord, sha256_of
 from llmopt.optimizer.model import Model
@@ -26,6 +28,7 @@ from llmopt.optimizer.weight_store import WeightStore, read_weights
 __all__ = ["Verifier", "each_pass", "run_passes"]
 
 _RECORD = "record.json"
+_BASES = "bases.safetensors"
 
 Verifier = Callable[..., Mapping[str, float]]
 """``calibration.same_function.verify_same_function``, which is out of this folder's reach."""
@@ -93,7 +96,7 @@ def each_pass(
         step.instance.requires(model)
         text = [_text_digest(step, calibration)] if step.instance.needs_calibration else []
         entering = [digest, *text, *_surroundings()]
-        digest = digest_of([digest, *_identity(step), *text, recipe.seed, recipe.verify, *_surroundings()])
+        digest = digest_of([digest, *_identity(step, cache), *text, recipe.seed, recipe.verify, *_surroundings()])
         directory = cache / "passes" / digest
         with progress.step(step.name) as tick, locked(directory):
             if not _is_finished(directory):
@@ -101,7 +104,7 @@ def each_pass(
                     context = replace(_context(step, work, tick, calibration), shared=_Shared(cache, entering))
                     _run(step, model, partial, recipe, context, verifier)
             shutil.rmtree(_work_of(directory), ignore_errors=True)
-            model, record = model.with_weights(read_weights(directory)), _read_record(directory)
+            model, record = _read_result(model, directory), _read_record(directory)
         if recipe.strict and record.fallbacks:
             raise refused_fallback(record.name, record.fallbacks[0])
         _tell(record, progress)
@@ -166,6 +169,12 @@ def _is_finished(directory: Path) -> bool:
     return True
 
 
+def _read_result(model: Model, directory: Path) -> Model:
+    """What the pass whose result lies there made of ``model``."""
+    bases = read_bases(directory / _BASES) if (directory / _BASES).is_file() else {}
+    return replace(model.with_weights(read_weights(directory)), bases=bases)
+
+
 def _read_record(directory: Path) -> PassRecord:
     return PassRecord.model_validate_json((directory / _RECORD).read_text(encoding="utf-8"))
 
@@ -204,12 +213,14 @@ def _run(
         text = f"{step.name} crashed: {type(error).__name__}: {error}; this is a bug in the pass"
         raise PassError(text, hint="run again with --debug for the traceback") from error
     store.close()
+    if result.bases:
+        save_bases(result.bases, directory / _BASES)
     record = recorder.record(changed=result is not model)
     (directory / _RECORD).write_text(record.model_dump_json(), encoding="utf-8")
 
 
 def _refuse_losses(name: str, model: Model, result: Model) -> None:
-    """Only weights are kept between passes, so that anything else a pass changed would be lost.
+    """Only weights and bases are kept between passes, so that anything else a pass changed would be lost.
 
     Raises:
         PassError: Something else was changed, or a weight was removed.
@@ -220,10 +231,14 @@ def _refuse_losses(name: str, model: Model, result: Model) -> None:
         raise PassError(f"{name} {what}", hint="a pass may replace and add weights; this is a bug in the pass")
 
 
-def _identity(step: NamedPass) -> Sequence[object]:
-    """Which pass this is: name, options, and the file that defines it, which may be another distribution's."""
+def _identity(step: NamedPass, cache: Path) -> Sequence[object]:
+    """Which pass this is: name, options, the file that defines it, which may be another distribution's, and its files.
+
+    These are known by what is in them: a recipe and its adapters may move.
+    """
     file = getattr(sys.modules.get(type(step.instance).__module__), "__file__", None)
-    return [step.name, step.instance.model_dump(mode="json"), sha256_of(Path(file)) if file else ""]
+    files = file_digests({str(number): path for number, path in enumerate(step.instance.files)}, cache)
+    return [step.name, step.instance.model_dump(mode="json"), sha256_of(Path(file)) if file else "", files]
 
 
 def _surroundings() -> Sequence[str | int]:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt
 
@@ -19,6 +19,9 @@ from llmopt.optimizer.gates import Gate
 from llmopt.optimizer.recipe_errors import shown
 from llmopt.optimizer.recipe_text import Document, parse
 from llmopt.optimizer.tuning import Tuning
+
+if TYPE_CHECKING:
+    from llmopt.optimizer.model import Model
 
 __all__ = ["NamedExporter", "NamedPass", "Recipe", "Resources", "Settings"]
 
@@ -130,6 +133,12 @@ class Recipe(Settings):
     def needs_calibration(self) -> bool:
         """Whether any pass looks at text."""
         return any(step.instance.needs_calibration for step in self.passes)
+
+    def yardstick(self, source: "Model") -> "Model":
+        """What builds of it are measured against and texts are sampled from: the source model, with its adapters."""
+        for step in self.passes:
+            source = step.instance.yardstick(source, self.seed)
+        return source
 
     def resolved(self) -> dict[str, Any]:
         """The recipe with every default filled in, as plain data that is equal for equal recipes.

@@ -28,8 +28,9 @@ def checked(document: Document, base: Path) -> Recipe | None:
     settings = validated(
         Settings, {key: value for key, value in data.items() if key not in LISTS}, document, (), also=LISTS
     )
-    passes, export = steps(document, "passes"), steps(document, "export")
+    passes, export = (steps(document, key, base) for key in LISTS)
     _check_quantizers(document, passes, export)
+    _check_order(document, passes)
     _check_exports(document, export)
     _check_files(document, base)
     if settings is None or document.problems:
@@ -58,6 +59,19 @@ def _check_quantizers(document: Document, passes: list[Step], export: list[Step]
         for exporter in exporters:
             if each.instance:
                 _check_features(document, each, exporter)
+
+
+def _check_order(document: Document, passes: list[Step]) -> None:
+    """What was trained on the source model goes into that, or behind passes that record how they change it."""
+    for number, step in enumerate(passes):
+        if not step.kind.trained_on_source:
+            continue
+        for before in passes[:number]:
+            one = before.instance
+            if one and not (one.dequantizes or one.records_bases or one.trained_on_source):
+                what = f"{before.name} before it changes the weights that its adapters were trained on"
+                hint = f"put {step.name} in front of {before.name}"
+                document.problems.append(document.problem(step.path, what, hint, at_key=True))
 
 
 def _check_features(document: Document, step: Step, exporter: Step) -> None:

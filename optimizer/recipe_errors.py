@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -39,7 +40,13 @@ _BOOLEANS = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "fa
 
 
 def validated(
-    model: type[Options], data: Any, document: Document, path: Keys, *, also: Iterable[str] = ()
+    model: type[Options],
+    data: Any,
+    document: Document,
+    path: Keys,
+    *,
+    also: Iterable[str] = (),
+    base: Path = Path(),
 ) -> Options | None:
     """``model`` made of ``data`` without any coercion; None when that fails, with the reasons in the problems.
 
@@ -49,16 +56,17 @@ def validated(
         document: Where places are looked up and problems go.
         path: Of ``data`` in the document.
         also: Options that exist but are checked elsewhere, for the hints.
+        base: The recipe's directory, which paths in the data are relative to.
     """
     try:
         # Strict JSON: "0" is no number, while lists become tuples and texts become paths and enums.
-        return model.model_validate_json(json.dumps(data), strict=True)
+        return model.model_validate_json(json.dumps(data), strict=True, context={"base": base})
     except ValidationError as error:
         details = error.errors(include_url=False)
     options = _Options(model, also)
     by_path = _by_path(details, data)
     for below, complaints in by_path.items():
-        if _is_misspelt(below, by_path):
+        if _is_misspelt(below, by_path) or _lacks_wrong_items(below, by_path):
             continue
         what, hint = _explained(complaints, below, options, is_quoted=path + below not in document.unquoted)
         at_key = complaints[0]["type"] == "extra_forbidden"
@@ -111,6 +119,12 @@ def _is_misspelt(path: Keys, by_path: Mapping[Keys, list[ErrorDetails]]) -> bool
     unknown = [str(each[-1]) for each, about in by_path.items() if about[0]["type"] == "extra_forbidden"]
     beside = [name for name in unknown if (*path[:-1], name) in by_path]
     return nearest(str(path[-1]), beside).startswith("did you mean")
+
+
+def _lacks_wrong_items(path: Keys, by_path: Mapping[Keys, list[ErrorDetails]]) -> bool:
+    """Whether a list is called too short because pydantic does not count its items that have their own complaints."""
+    is_short = by_path[path][0]["type"] == "too_short"
+    return is_short and any(len(each) > len(path) and each[: len(path)] == path for each in by_path)
 
 
 def _explained(

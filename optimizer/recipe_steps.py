@@ -1,6 +1,7 @@
 """The lists of a recipe: names of passes and exporters with their options, turned into objects."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from llmopt.optimizer import loader
@@ -32,15 +33,18 @@ class Step:
     instance: Any
 
 
-def steps(document: Document, key: Literal["passes", "export"]) -> list[Step]:
-    """The items of the list ``key`` whose names exist; every mistake becomes a problem of the document."""
+def steps(document: Document, key: Literal["passes", "export"], base: Path) -> list[Step]:
+    """The items of the list ``key`` whose names exist; every mistake becomes a problem of the document.
+
+    Paths in their options are relative to ``base``.
+    """
     items = document.data.get(key, [])
     if not isinstance(items, list):
         hint = f"write {key}: [] for none" if items is None else "start each item with '- '"
         document.problems.append(document.problem((key,), f"must be a list, not {shown(items)}", hint))
         return []
     named = [(index, _named(document, key, index, item)) for index, item in enumerate(items)]
-    found = [_step(document, key, index, *each) for index, each in named if each is not None]
+    found = [_step(document, key, index, *each, base) for index, each in named if each is not None]
     return [each for each in found if each is not None]
 
 
@@ -62,7 +66,9 @@ def _named(document: Document, key: Literal["passes", "export"], index: int, ite
     return None
 
 
-def _step(document: Document, key: Literal["passes", "export"], index: int, name: str, options: Any) -> Step | None:
+def _step(
+    document: Document, key: Literal["passes", "export"], index: int, name: str, options: Any, base: Path
+) -> Step | None:
     """The pass or exporter ``name`` with its options; None when there is no such name."""
     path = (key, index, name)
     try:
@@ -75,7 +81,7 @@ def _step(document: Document, key: Literal["passes", "export"], index: int, name
         what = f"the options of {name} must be a mapping, not {shown(options)}"
         document.problems.append(document.problem(path, what, f"as in {name}: {{option: value}}"))
         return Step(path, name, kind, None)
-    return Step(path, name, kind, validated(kind, options or {}, document, path))
+    return Step(path, name, kind, validated(kind, options or {}, document, path, base=base))
 
 
 def _elsewhere(kind: Kind, name: str) -> str | None:

@@ -13,11 +13,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from llmopt.optimizer.basis import Basis, Scaled
 from llmopt.optimizer.decoder import Experts, Layer, Mlp, Norm
 from llmopt.optimizer.errors import PassError
 from llmopt.optimizer.model import DenseWeight, Model, Weight
 
-__all__ = ["ScalePair", "head_pairs", "layer_pairs", "scale_pairs", "scaled"]
+__all__ = ["ScalePair", "head_pairs", "layer_pairs", "scale_pairs", "scaled", "scaled_bases"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +117,16 @@ def scaled(model: Model, pair: ScalePair, scale: Tensor) -> dict[str, DenseWeigh
     for name in (f"{module}.weight" for module in pair.consumers):
         changed[name] = _times(_float_weight(model.weights, name), columns[None])
     return changed
+
+
+def scaled_bases(model: Model, pair: ScalePair, scale: Tensor) -> dict[str, Basis]:
+    """What happens to the producer, where it is a linear, and to the consumers when ``scale`` is moved."""
+    columns = Basis(columns=(Scaled(pair.columns(scale)),))
+    bases = dict.fromkeys(pair.consumers, columns)
+    if pair.kind != "norm":
+        rows = model.weights[f"{pair.producer}.weight"].shape[0]
+        bases[pair.producer] = Basis(rows=(Scaled(_row_factors(pair, scale, rows)),))
+    return bases
 
 
 @dataclass(frozen=True, slots=True)

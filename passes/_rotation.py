@@ -1,74 +1,24 @@
-"""Random orthogonal matrices that spread every channel over all others, applied without being formed."""
-
-from dataclasses import dataclass
+"""Random rotations that spread every channel over all others."""
 
 import torch
 from torch import Tensor
 
+from llmopt.optimizer.rotation import Rotation
 from llmopt.passes._hadamard import hadamard_factors
 
-__all__ = ["Rotation"]
+__all__ = ["random_rotation"]
 
 
-@dataclass(frozen=True, slots=True)
-class Rotation:
-    """An orthogonal matrix R of order ``size``: signs and a Kronecker product F of small orthogonal factors.
-
-    ``R = diag(signs) F``, the randomized Hadamard transform of QuaRot (Ashkboos et al. 2024, arXiv:2404.00456, section
-    3) where ``size`` has a Hadamard matrix. Otherwise one factor is a random orthogonal matrix.
-
-    With ``keeps_mean`` it is ``R = F diag(signs) F^T`` with the first sign 1. As F's first column is constant, the row
-    of ones is an eigenvector: a vector's mean is that of its rotation, which is what LayerNorm subtracts. Not in the
-    paper.
-
-    Attributes:
-        signs: Float64 ``[size]``, of 1 and -1.
-        factors: Float64, square, orthogonal, each with a constant first column.
-        keeps_mean: Which of the two.
-    """
-
-    signs: Tensor
-    factors: tuple[Tensor, ...]
-    keeps_mean: bool = False
-
-    @staticmethod
-    def random(size: int, generator: torch.Generator, *, keeps_mean: bool = False) -> "Rotation":
-        """One of order ``size``."""
-        factors, rest = hadamard_factors(size)
-        factors = [factor / len(factor) ** 0.5 for factor in factors]
-        if rest > 1:
-            factors.append(_random_orthogonal(rest, generator))
-        signs = torch.randint(0, 2, (size,), generator=generator).to(torch.float64) * 2 - 1
-        if keeps_mean:
-            signs[0] = 1.0
-        return Rotation(signs, tuple(factors), keeps_mean)
-
-    @property
-    def size(self) -> int:
-        """Its order."""
-        return len(self.signs)
-
-    def apply(self, x: Tensor) -> Tensor:
-        """``x R``, block by block where ``x`` is wider: float64 ``[..., width]``, ``width`` a multiple of ``size``."""
-        blocks = x.to(torch.float64).reshape(-1, self.size)
-        if self.keeps_mean:
-            blocks = self._product(self._product(blocks) * self.signs, transposed=True)
-        else:
-            blocks = self._product(blocks * self.signs)
-        return blocks.reshape(x.shape)
-
-    def matrix(self) -> Tensor:
-        """R itself, float64 ``[size, size]``."""
-        return self.apply(torch.eye(self.size, dtype=torch.float64))
-
-    def _product(self, rows: Tensor, *, transposed: bool = False) -> Tensor:
-        """``rows`` times F, or times its transpose: each factor turns one of the axes that the columns are split in."""
-        orders = [len(factor) for factor in self.factors]
-        split = rows.reshape(len(rows), *orders)
-        for axis, factor in enumerate(self.factors, start=1):
-            turned = split.movedim(axis, -1) @ (factor.T if transposed else factor)
-            split = turned.movedim(-1, axis)
-        return split.reshape(rows.shape)
+def random_rotation(size: int, generator: torch.Generator, *, keeps_mean: bool = False) -> Rotation:
+    """One of order ``size``: of Hadamard matrices, and where it has none, of one random orthogonal matrix as well."""
+    factors, rest = hadamard_factors(size)
+    factors = [factor / len(factor) ** 0.5 for factor in factors]
+    if rest > 1:
+        factors.append(_random_orthogonal(rest, generator))
+    signs = torch.randint(0, 2, (size,), generator=generator).to(torch.float64) * 2 - 1
+    if keeps_mean:
+        signs[0] = 1.0
+    return Rotation(signs, tuple(factors), keeps_mean)
 
 
 def _random_orthogonal(size: int, generator: torch.Generator) -> Tensor:

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmopt.optimizer.basis import Basis, Scaled, Shifted, Turned
 from llmopt.optimizer.decoder import Norm
 from llmopt.optimizer.errors import PassError
 from llmopt.optimizer.model import DenseWeight, Model
-from llmopt.passes._rotation import Rotation
+from llmopt.optimizer.rotation import Rotation
 
 __all__ = ["Turn", "norm_values", "turned_linear", "turned_norm", "turned_table"]
 
@@ -18,7 +19,6 @@ class Turn:
     """How one linear changes. All of it is computed in float64 and stored in float32.
 
     Attributes:
-        module: Its name.
         norm: The norm before it, whose weight goes into the linear's columns.
         takes_shift: Whether the norm's bias goes into the linear's, as well.
         columns: How what enters is rotated, in blocks over all columns.
@@ -26,29 +26,30 @@ class Turn:
         spans: Which outputs that are, as (first, past the end); None: all.
     """
 
-    module: str
     norm: Norm | None = None
     takes_shift: bool = False
     columns: Rotation | None = None
     rows: Rotation | None = None
     spans: tuple[tuple[int, int], ...] | None = None
 
+    def basis(self, model: Model) -> Basis:
+        """What that does to the linear; the norm is read."""
+        columns: list[Scaled | Turned | Shifted] = []
+        if self.norm is not None:
+            scale, shift = norm_values(model, self.norm)
+            columns += [Shifted(shift)] if self.takes_shift and shift is not None else []
+            columns.append(Scaled(scale))
+        if self.columns is not None:
+            columns.append(Turned(self.columns))
+        rows = () if self.rows is None else (Turned(self.rows, self.spans),)
+        return Basis(columns=tuple(columns), rows=rows)
 
-def turned_linear(model: Model, turn: Turn) -> dict[str, DenseWeight]:
-    """The linear's new weight and, where it has one, bias."""
-    name, bias_name = f"{turn.module}.weight", f"{turn.module}.bias"
-    weight = model.weights[name].dense().to(torch.float64)
+
+def turned_linear(model: Model, module: str, basis: Basis) -> dict[str, DenseWeight]:
+    """The linear's new weight and, where it has one, bias, when ``basis`` happens to it."""
+    name, bias_name = f"{module}.weight", f"{module}.bias"
     bias = model.weights[bias_name].dense().to(torch.float64) if bias_name in model.weights else None
-    if turn.norm is not None:
-        scale, shift = norm_values(model, turn.norm)
-        if turn.takes_shift and bias is not None and shift is not None:
-            bias = bias + weight @ shift
-        weight = weight * scale
-    if turn.columns is not None:
-        weight = turn.columns.apply(weight)
-    if turn.rows is not None:
-        weight = _apply_to_spans(turn.rows, weight.T, turn.spans).T
-        bias = None if bias is None else _apply_to_spans(turn.rows, bias, turn.spans)
+    weight, bias = basis.linear(model.weights[name].dense().to(torch.float64), bias)
     changed = {name: weight} if bias is None else {name: weight, bias_name: bias}
     return {key: _stored(value) for key, value in changed.items()}
 
@@ -115,16 +116,6 @@ class _TurnedTable:
     def _turned(self, rows: Tensor) -> Tensor:
         values = rows.to(torch.float64)
         return self.rotation.apply(values if self.scale is None else values * self.scale).to(torch.float32)
-
-
-def _apply_to_spans(rotation: Rotation, x: Tensor, spans: tuple[tuple[int, int], ...] | None) -> Tensor:
-    """``x`` with some of its last axis' spans rotated, or all of it."""
-    if spans is None:
-        return rotation.apply(x)
-    turned = x.clone()
-    for first, past_end in spans:
-        turned[..., first:past_end] = rotation.apply(x[..., first:past_end])
-    return turned
 
 
 def _stored(values: Tensor) -> DenseWeight:

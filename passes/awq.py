@@ -10,10 +10,11 @@ from llmopt.calibration.clipping import chosen_grid
 from llmopt.calibration.quantize_layers import LinearFacts, Plan, Stage, observed_moments, quantize_layers
 from llmopt.calibration.scale_search import Consumer, best_scale
 from llmopt.calibration.sweep import output_error
+from llmopt.optimizer.basis import Basis, followed
 from llmopt.optimizer.contracts import PassContext
 from llmopt.optimizer.model import Model, QuantWeight, Weight
 from llmopt.optimizer.rounding import quantize_on, with_input_scale
-from llmopt.optimizer.scale_pairs import ScalePair, layer_pairs, scaled
+from llmopt.optimizer.scale_pairs import ScalePair, layer_pairs, scaled, scaled_bases
 from llmopt.optimizer.scheme import Scheme
 from llmopt.optimizer.weight_rounding import finite, relative_error
 from llmopt.passes._calibrated import CalibratedQuantPass, layer_modules, record_facts, rounded_tables
@@ -40,6 +41,11 @@ class Awq(CalibratedQuantPass):
         """See ``SchemeQuantPass.leaves_floats``."""
         return not self.rounds
 
+    @property
+    def records_bases(self) -> bool:  # type: ignore[override]  # the class alone does not know
+        """Whether weights are scaled and not rounded."""
+        return not self.rounds
+
     def requires(self, model: Model) -> None:
         """See ``WeightPass.requires``."""
         super().requires(model)
@@ -57,7 +63,7 @@ class Awq(CalibratedQuantPass):
             weights |= tables
             facts |= errors
         record_facts(context, facts, ("errors", "output_errors", "scaling"))
-        return model.with_weights(weights) if weights else model
+        return _with_moved_scales(model, facts).with_weights(weights) if weights else model
 
 
 class _Layers:
@@ -84,6 +90,7 @@ class _Layers:
                 continue
             scale, facts[pair.producer] = self._scale(model, pair, moments)
             if scale is not None:
+                facts[pair.producer]["scales"] = scale.tolist()
                 weights |= scaled(model, pair, scale)
                 model = model.with_weights(weights)
                 columns = pair.columns(scale)
@@ -123,6 +130,17 @@ class _Layers:
             "output_errors": output_error(difference, weight, matrix),
         }
         return QuantWeight.of(with_input_scale(tensors, scheme, largest), scheme), facts
+
+
+def _with_moved_scales(model: Model, facts: Mapping[str, LinearFacts]) -> Model:
+    """The model with what happened to its linears; of layers, too, that were finished before a build was killed."""
+    for index in range(model.num_layers):
+        bases: dict[str, Basis] = {}
+        for pair in layer_pairs(model, index):
+            if (scales := facts.get(pair.producer, {}).get("scales")) is not None:
+                bases = followed(bases, scaled_bases(model, pair, torch.tensor(scales)))
+        model = model.with_bases(bases)
+    return model
 
 
 def _dense(model: Model, module: str) -> Tensor:

@@ -7,9 +7,10 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
+from llmopt.optimizer.basis import Basis, followed
 from llmopt.optimizer.contracts import PassContext, WeightPass
 from llmopt.optimizer.model import Model, Weight
-from llmopt.optimizer.scale_pairs import ScalePair, head_pairs, layer_pairs, scaled
+from llmopt.optimizer.scale_pairs import ScalePair, head_pairs, layer_pairs, scaled, scaled_bases
 from llmopt.passes._preparing import refuse_quantized
 
 __all__ = ["Rescale"]
@@ -24,6 +25,7 @@ class Rescale(WeightPass):
     """
 
     keeps_function: ClassVar[bool] = True
+    records_bases: ClassVar[bool] = True
 
     range: float = Field(
         1.42, gt=1, le=16, description="Largest factor; factors are drawn log-uniformly between its inverse and itself."
@@ -40,18 +42,24 @@ class Rescale(WeightPass):
         changed: dict[str, Weight] = {}
         groups = [*(layer_pairs(model, index) for index in range(model.num_layers)), head_pairs(model)]
         for done, pairs in enumerate(groups, start=1):
-            changed |= context.keep(self._rescaled(model, pairs, generator))
+            weights, moved = self._rescaled(model, pairs, generator)
+            changed |= context.keep(weights)
+            model = model.with_bases(moved)
             for pair in pairs:
                 counts[pair.kind] = counts.get(pair.kind, 0) + pair.channels
             context.progress(done, len(groups))
         context.detail("scales", counts)
         return model.with_weights(changed)
 
-    def _rescaled(self, model: Model, pairs: list[ScalePair], generator: torch.Generator) -> Mapping[str, Weight]:
-        """The weights that change when a scale is moved along each of ``pairs``."""
+    def _rescaled(
+        self, model: Model, pairs: list[ScalePair], generator: torch.Generator
+    ) -> tuple[Mapping[str, Weight], Mapping[str, Basis]]:
+        """The weights that change when a scale is moved along each of ``pairs``, and what happens to linears."""
         limit = math.log(self.range)
         changed: dict[str, Weight] = {}
+        bases: dict[str, Basis] = {}
         for pair in pairs:
             scale = torch.empty(pair.channels).uniform_(-limit, limit, generator=generator).exp()
             changed |= scaled(model.with_weights(changed), pair, scale)
-        return changed
+            bases = followed(bases, scaled_bases(model, pair, scale))
+        return changed, bases

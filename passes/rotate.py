@@ -7,12 +7,14 @@ from typing import ClassVar
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
+from llmopt.optimizer.basis import Basis, Scaled, Turned
 from llmopt.optimizer.contracts import Feature, PassContext, WeightPass
 from llmopt.optimizer.decoder import Decoder, Experts, Layer, Norm
 from llmopt.optimizer.errors import PassError
 from llmopt.optimizer.model import DenseWeight, Model, Weight
+from llmopt.optimizer.rotation import Rotation
 from llmopt.passes._preparing import refuse_quantized
-from llmopt.passes._rotation import Rotation
+from llmopt.passes._rotation import random_rotation
 from llmopt.passes._turned import Turn, norm_values, turned_linear, turned_norm, turned_table
 
 __all__ = ["Rotate"]
@@ -44,6 +46,7 @@ class Rotate(WeightPass):
     """
 
     keeps_function: ClassVar[bool] = True
+    records_bases: ClassVar[bool] = True
 
     residual: bool = Field(
         True, description="Whether the residual stream is rotated and norms are folded into linears."
@@ -74,24 +77,27 @@ class Rotate(WeightPass):
         """See ``WeightPass.run``. Records the order of each rotation and the orders of its factors."""
         turns = self._turns(model, torch.Generator().manual_seed(context.seed))
         steps = model.num_layers + 1
-        changed: dict[str, Weight] = dict(context.keep(turns.outside(model, context)))
+        weights, bases = turns.outside(model, context)
+        changed: dict[str, Weight] = dict(context.keep(weights))
         context.progress(1, steps)
         for done, layer in enumerate(model.decoder.layers, start=2):
-            changed |= context.keep(turns.layer(model, layer))
+            weights, turned = turns.layer(model, layer)
+            changed |= context.keep(weights)
+            bases |= turned
             context.progress(done, steps)
         context.detail("rotations", turns.orders())
-        return model.with_weights(changed)
+        return model.with_weights(changed).with_bases(bases)
 
     def _turns(self, model: Model, generator: torch.Generator) -> "_Turns":
         decoder = model.decoder
         residual = heads = online = None
         if self.residual:
             keeps_mean = any(norm.kind == "layer" for norm in _norms(decoder))
-            residual = Rotation.random(decoder.hidden_size, generator, keeps_mean=keeps_mean)
+            residual = random_rotation(decoder.hidden_size, generator, keeps_mean=keeps_mean)
         if self.heads:
-            heads = Rotation.random(decoder.head_dim, generator)
+            heads = random_rotation(decoder.head_dim, generator)
         if self.online is not None:
-            online = Rotation.random(self.online.down_proj, generator)
+            online = random_rotation(self.online.down_proj, generator)
         return _Turns(residual, heads, online)
 
 
@@ -134,6 +140,10 @@ def _refuse_online(model: Model, block: int) -> None:
             raise PassError(f"{layer.mlp.down} has an online rotation already", hint="rotate once")
 
 
+_Changed = tuple[dict[str, Weight], dict[str, Basis]]
+"""New weights by parameter, and what happened to linears and tables by module."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Turns:
     """The rotations of one run, each None where it is off, and what they do to a model's parts."""
@@ -147,29 +157,34 @@ class _Turns:
         rotations = {"residual": self.residual, "heads": self.heads, "online": self.online}
         return {name: [len(f) for f in turn.factors] for name, turn in rotations.items() if turn is not None}
 
-    def outside(self, model: Model, context: PassContext) -> dict[str, Weight]:
+    def outside(self, model: Model, context: PassContext) -> _Changed:
         """What changes before the first layer and behind the last."""
         if self.residual is None:
-            return {}
+            return {}, {}
         decoder = model.decoder
-        changed: dict[str, Weight] = {}
+        weights, bases = self._behind_last_layer(model, self.residual, context)
         if decoder.project_in is not None:
-            changed |= turned_linear(model, Turn(module=decoder.project_in, rows=self.residual))
+            bases[decoder.project_in] = Turn(rows=self.residual).basis(model)
+            weights |= turned_linear(model, decoder.project_in, bases[decoder.project_in])
         else:
             name = f"{decoder.embedding}.weight"
-            changed[name] = turned_table(_dense(model, name), self.residual)
+            bases[decoder.embedding] = Basis(columns=(Turned(self.residual),))
+            weights[name] = turned_table(_dense(model, name), self.residual)
         if decoder.positions is not None:
             name = f"{decoder.positions}.weight"
-            changed[name] = turned_table(_dense(model, name), self.residual)
-        return changed | self._behind_last_layer(model, self.residual, context)
+            weights[name] = turned_table(_dense(model, name), self.residual)
+        return weights, bases
 
-    def _behind_last_layer(self, model: Model, residual: Rotation, context: PassContext) -> dict[str, Weight]:
+    def _behind_last_layer(self, model: Model, residual: Rotation, context: PassContext) -> _Changed:
         """The final norm, and the linear that reads it: the head, which may need a table of its own from now on."""
         decoder, norm = model.decoder, model.decoder.final_norm
         reader = decoder.project_out or decoder.head
         if norm is None or _is_constant(model, norm):
+            bases = {reader: Basis(columns=(Turned(residual),))}
             is_turned = reader == decoder.head and model.is_tied  # with the embedding
-            return {} if is_turned else {f"{reader}.weight": turned_table(_dense(model, f"{reader}.weight"), residual)}
+            if is_turned:
+                return {}, bases
+            return {f"{reader}.weight": turned_table(_dense(model, f"{reader}.weight"), residual)}, bases
         table = _dense(model, model.weight_of(reader))
         if reader == decoder.head and model.is_tied:
             context.note(
@@ -178,29 +193,30 @@ class _Turns:
             )
         scale, _ = norm_values(model, norm)
         turned = turned_table(table, residual, scale=scale)
-        return {f"{reader}.weight": turned, **turned_norm(model, norm, residual, keeps_shift=True)}
+        bases = {reader: Basis(columns=(Scaled(scale), Turned(residual)))}
+        return {f"{reader}.weight": turned, **turned_norm(model, norm, residual, keeps_shift=True)}, bases
 
-    def layer(self, model: Model, layer: Layer) -> dict[str, Weight]:
+    def layer(self, model: Model, layer: Layer) -> _Changed:
         """What changes in one layer."""
+        bases = {module: turn.basis(model) for module, turn in self._linears(model, layer)}
         changed: dict[str, Weight] = {}
-        for turn in self._linears(model, layer):
-            changed |= turned_linear(model, turn)
+        for module, basis in bases.items():
+            changed |= turned_linear(model, module, basis)
         if self.residual is not None:
             for norm, readers in _readers(layer).items():
                 changed |= turned_norm(model, norm, self.residual, keeps_shift=not _have_biases(model, readers))
         if self.online is not None:
             assert not isinstance(layer.mlp, Experts)
             changed[f"{layer.mlp.down}.input_rotation"] = DenseWeight.of(self.online.matrix().to(torch.float32))
-        return changed
+        return changed, bases
 
-    def _linears(self, model: Model, layer: Layer) -> Iterator[Turn]:
-        """Every linear that changes: readers of the stream, then writers."""
+    def _linears(self, model: Model, layer: Layer) -> Iterator[tuple[str, Turn]]:
+        """Every linear that changes, and how: readers of the stream, then writers."""
         attention, mlp = layer.attention, layer.mlp
         norms = {name: (norm, readers) for norm, readers in _readers(layer).items() for name in readers}
         for name in (*attention.inputs, *mlp.readers):
             norm, readers = norms.get(name, (None, ())) if self.residual else (None, ())
             turn = Turn(
-                module=name,
                 norm=norm,
                 takes_shift=_have_biases(model, readers),
                 columns=self.residual,
@@ -208,12 +224,12 @@ class _Turns:
                 spans=attention.value_rows,
             )
             if turn.columns or turn.rows:
-                yield turn
+                yield name, turn
         downs = [expert[2] for expert in mlp.experts] if isinstance(mlp, Experts) else [mlp.down]
         writers: Mapping[str, Rotation | None] = {attention.output: self.heads, **dict.fromkeys(downs, self.online)}
         for name, columns in writers.items():
             if columns or self.residual:
-                yield Turn(module=name, columns=columns, rows=self.residual)
+                yield name, Turn(columns=columns, rows=self.residual)
 
 
 def _readers(layer: Layer) -> dict[Norm, tuple[str, ...]]:

@@ -14,7 +14,7 @@ from llmopt.optimizer.contracts import PassContext, WeightPass
 from llmopt.optimizer.decoder import Experts, Layer
 from llmopt.optimizer.errors import PassError
 from llmopt.optimizer.model import Model, Weight
-from llmopt.optimizer.scale_pairs import ScalePair, layer_pairs, scaled
+from llmopt.optimizer.scale_pairs import ScalePair, layer_pairs, scaled, scaled_bases
 from llmopt.optimizer.weight_rounding import finite
 from llmopt.passes._preparing import refuse_quantized
 
@@ -30,6 +30,7 @@ class Smoothquant(WeightPass):
     """
 
     keeps_function: ClassVar[bool] = True
+    records_bases: ClassVar[bool] = True
     needs_calibration: ClassVar[bool] = True
 
     alpha: float = Field(
@@ -68,6 +69,7 @@ class Smoothquant(WeightPass):
                     continue
                 spreads[pair.producer] = float(scale.max() / scale.min())
                 smoothed |= scaled(model.with_weights(smoothed), pair, scale)
+                model = model.with_bases(scaled_bases(model, pair, scale))
             changed |= context.keep(smoothed)
             if index + 1 < model.num_layers:
                 text.advance()

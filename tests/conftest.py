@@ -258,6 +258,40 @@ def save_changed() -> Callable[..., Path]:
     return save_family
 
 
+def save_adapter(directory: Path, base: Path, *, seed: int = 0, **settings: Any) -> Any:
+    """Save a random LoRA for the checkpoint ``base`` with PEFT, whose model of both is returned.
+
+    Everything that would be trained is random, biases and whole modules too. Keywords are ``LoraConfig``'s.
+    """
+    import warnings
+
+    import torch
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    # PEFT warns of tied tables and of embeddings that it saves along.
+    with warnings.catch_warnings(), torch.random.fork_rng():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(seed)
+        network = AutoModelForCausalLM.from_pretrained(base)
+        adapted: Any = get_peft_model(network, LoraConfig(task_type="CAUSAL_LM", **({"r": 4} | settings)))
+        with torch.no_grad():
+            for name, parameter in adapted.named_parameters():
+                if "magnitude" in name:
+                    parameter.mul_(1 + 0.2 * torch.rand_like(parameter))
+                elif parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter) * 0.1)
+        adapted.save_pretrained(directory)
+        # Read again: PEFT sorts patterns when it writes them, and the first that matches wins.
+        return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), directory).eval()
+
+
+@pytest.fixture(scope="session")
+def adapter_of() -> Callable[..., Any]:
+    """See ``save_adapter``."""
+    return save_adapter
+
+
 @pytest.fixture(scope="session")
 def llama_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Saves a tiny random Llama to a new directory; keywords change its config, ``dtype`` or ``shard`` size."""

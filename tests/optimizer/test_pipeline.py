@@ -18,6 +18,8 @@ from llmopt.optimizer.progress import Silent
 from llmopt.optimizer.recipe import NamedPass, Recipe
 from llmopt.optimizer.sources import load_model
 from llmopt.optimizer.tokens import Tokens
+from llmopt.passes.rescale import Rescale
+from llmopt.passes.rotate import Rotate
 
 NORM = "model.norm.weight"
 CALLS: list[str] = []
@@ -237,6 +239,17 @@ def test_each_pass_runs_when_the_model_behind_it_is_asked_for(model: Model, tmp_
     assert torch.equal(second.weights[NORM].dense(), expected * 2 * 5)
 
 
+def test_what_was_done_to_linears_is_known_behind_every_pass_also_from_the_cache(run) -> None:
+    passes = (Talk(), Rescale(), Scale(), Rotate(online={"down_proj": 32}))
+    module = "model.layers.1.mlp.up_proj"
+    weight = torch.eye(128, 64, dtype=torch.float64)
+    expected = run(*passes[1:])[0].bases[module].linear(weight)[0]
+    for _ in range(2):
+        result, _ = run(*passes)
+        assert len(result.bases[module].columns) == 3
+        torch.testing.assert_close(result.bases[module].linear(weight)[0], expected, rtol=0, atol=1e-12)
+
+
 def test_a_second_run_runs_nothing_and_says_the_same(run) -> None:
     first, records = run(Scale(), Talk())
     assert CALLS == ["scale 2", "talk"]
@@ -266,6 +279,24 @@ def test_what_decides_about_a_result_runs_it_again(run, changes: dict[str, objec
 def test_another_source_model_runs_it_again(run, model: Model) -> None:
     run(Scale())
     run(Scale(), model=replace(model, source=replace(model.source, digest="0" * 64)))
+    assert CALLS == ["scale 2", "scale 2"]
+
+
+class Reads(Scale):
+    """Depends on a file."""
+
+    path: Path
+
+    @property
+    def files(self):
+        return (self.path,)
+
+
+def test_a_pass_depends_on_what_is_in_its_files_and_not_on_when_they_were_written(run, tmp_path: Path) -> None:
+    file = tmp_path / "adapter"
+    for text in ("one", "two", "one"):
+        file.write_text(text)
+        run(Reads(path=file))
     assert CALLS == ["scale 2", "scale 2"]
 
 

@@ -27,9 +27,17 @@ REQUIRED = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def adapter(adapter_of, llama_of, tmp_path_factory):
+    """An adapter for those that merge one."""
+    folder = tmp_path_factory.mktemp("adapter")
+    adapter_of(folder, llama_of(num_hidden_layers=1), target_modules=["q_proj"])
+    REQUIRED["merge_lora"] = {"adapters": [{"path": str(folder)}]}
+
+
 def options_for(name):
-    """Options that every quantizer can be made with; other passes have none that are required."""
-    return REQUIRED.get(name, {"scheme": "W8A16"}) if name in QUANTIZERS else {}
+    """Options that every quantizer can be made with; of other passes those that are required."""
+    return REQUIRED.get(name, {"scheme": "W8A16"} if name in QUANTIZERS else {})
 
 
 def context():

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from llmopt.passes._rotation import Rotation
+from llmopt.passes._rotation import random_rotation
 
 SIZES = [1, 2, 9, 16, 24, 60, 64, 80, 96, 509, 576, 960, 1536]
 
 
 def rotation(size, seed=0, *, keeps_mean=False):
-    return Rotation.random(size, torch.Generator().manual_seed(seed), keeps_mean=keeps_mean)
+    return random_rotation(size, torch.Generator().manual_seed(seed), keeps_mean=keeps_mean)
 
 
 @pytest.mark.parametrize("keeps_mean", [False, True])

@@ -1,0 +1,1 @@
+"""Adapters: PEFT's LoRA checkpoints, read and fitted to a model."""
