@@ -78,16 +78,18 @@ def _pool_of(engine: Engine, provider: Provider, *, slots: int, capacity: int) -
 
 
 class OnnxRuntimeBackend:
-    """A session and its pool, which has the engine's KV tensors in the manifest's order."""
+    """A session and its pool, which has the engine's KV tensors in the manifest's order; the host's when omitted."""
 
-    def __init__(self, session: Any, engine: Engine, pool: SlotPool, *, slots: int, capacity: int) -> None:
+    def __init__(
+        self, session: Any, engine: Engine, pool: SlotPool | None = None, *, slots: int, capacity: int
+    ) -> None:
         self.engine = engine
         self.slots = slots
         self.capacity = capacity
         self._session = session
         self._errors = ort_errors()
         self._cache_names = _match(session, engine)
-        self._pool = pool
+        self._pool = pool = pool or _pool_of(engine, Provider(), slots=slots, capacity=capacity)
         self._ids = np.zeros((slots, 1), np.int64)
         self._lengths = np.zeros(slots, np.int64)
         self._rows = np.arange(slots, dtype=np.int64)
