@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 from llmopt.optimizer.errors import InputError, LlmoptError
 from llmopt.optimizer.manifest import Engine, Manifest
 from llmopt.runtime.backends.base import Backend
-from llmopt.runtime.backends.session import PROVIDERS, Provider, ProviderName
+from llmopt.runtime.backends.session import PROVIDERS, Provider, ProviderName, onnxruntime_with
 from llmopt.runtime.sizing import has_fixed_capacity
 
 __all__ = ["Executor", "ExecutorKind", "free_memory", "open_backend", "pick_engine", "runs_here", "slot_capacity"]
@@ -134,7 +134,7 @@ def open_backend(
 
     provider = executor.provider_of(engine)
     return onnxruntime.open_backend(
-        directory, engine, slots=slots, capacity=capacity, threads=threads, provider=provider
+        directory, engine, slots=slots, capacity=capacity, threads=threads, packed=packed, provider=provider
     )
 
 
@@ -159,7 +159,7 @@ def free_memory(directory: Path, engine: Engine, executor: Executor) -> int | No
 
     Raises:
         MissingExtraError: What asks the GPU is not installed.
-        UnsupportedError: There is no GPU.
+        UnsupportedError: There is no GPU, or no ONNX Runtime for it.
     """
     if not executor.uses_tensorrt(engine) and executor.provider_of(engine).device == "cpu":
         return None
@@ -170,6 +170,7 @@ def free_memory(directory: Path, engine: Engine, executor: Executor) -> int | No
     if in_tensorrt:
         device = open_device("tensorrt-rtx")
     else:
+        onnxruntime_with(provider)
         device = open_device("gpu", index=provider.device_id)
     try:
         free = device.free_bytes()

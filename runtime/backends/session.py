@@ -15,7 +15,7 @@ from llmopt.optimizer import kernels
 from llmopt.optimizer.errors import InputError, MissingExtraError, UnsupportedError
 from llmopt.optimizer.instructions import VNNI, host_instructions
 
-__all__ = ["PROVIDERS", "Provider", "ProviderName", "check_features", "open_session", "ort_errors"]
+__all__ = ["PROVIDERS", "Provider", "ProviderName", "check_features", "onnxruntime_with", "open_session", "ort_errors"]
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ def open_session(graph: Path | bytes, threads: int, *, provider: Provider | None
         UnsupportedError: It cannot load the graph, or not all of it on the GPU.
     """
     provider = provider or Provider()
-    ort = _onnxruntime(provider)
+    ort = onnxruntime_with(provider)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -142,8 +142,13 @@ def ort_errors() -> tuple[type[Exception], ...]:
     return (RuntimeError, *(getattr(state, name) for name in (*names, "RuntimeException")))
 
 
-def _onnxruntime(provider: Provider) -> Any:
-    """The package, which has the provider."""
+def onnxruntime_with(provider: Provider) -> Any:
+    """The package, which has the provider.
+
+    Raises:
+        MissingExtraError: It is not installed.
+        UnsupportedError: It has another set of providers.
+    """
     try:
         import onnxruntime as ort
     except ModuleNotFoundError as error:
@@ -152,7 +157,8 @@ def _onnxruntime(provider: Provider) -> Any:
         raise UnsupportedError(
             f"the installed ONNX Runtime {ort.__version__} has no {PROVIDERS[provider.name]}; it has "
             f"{', '.join(ort.get_available_providers())}",
-            hint="pip uninstall onnxruntime, then pip install 'llmopt[gpu]', which brings onnxruntime-gpu"
+            hint="pip uninstall onnxruntime, then pip install 'llmopt[gpu]', which brings onnxruntime-gpu; or "
+            "--provider cpu"
             if provider.name == "cuda"
             else "install an onnxruntime that was built with TensorRT for RTX",
         )

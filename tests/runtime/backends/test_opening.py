@@ -143,7 +143,7 @@ def test_a_compiled_engine_has_one_size_of_slots(compiled):
 
 
 def test_the_memory_that_is_free_is_the_gpus_without_the_engine(tmp_path, machine, paper_gpu, compiled):
-    machine(gpu=paper_gpu.Device(memory=1_000_000))
+    machine("CUDAExecutionProvider", gpu=paper_gpu.Device(memory=1_000_000))
     for name, size in (("tensorrt/sm89.engine", 1000), ("tensorrt/model.onnx", 5), ("cuda/model.onnx", 300)):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(bytes(size))
@@ -152,6 +152,11 @@ def test_the_memory_that_is_free_is_the_gpus_without_the_engine(tmp_path, machin
     assert free_memory(tmp_path, CUDA, Executor(provider="cpu")) is None
     assert free_memory(tmp_path, CUDA, Executor()) == 1_000_000 - 300 - logits
     assert free_memory(tmp_path, compiled, Executor()) == 1_000_000 - 1000 - logits
+
+
+def test_an_onnxruntime_without_the_provider_is_named_before_the_gpu_is_asked(tmp_path, machine):
+    with pytest.raises(UnsupportedError, match="has no CUDAExecutionProvider"):
+        free_memory(tmp_path, CUDA, Executor())
 
 
 def test_sizes_keep_to_what_the_engine_was_compiled_for(compiled):
