@@ -1,7 +1,7 @@
 """Judging a finished build again: its gates with the texts at hand, or other texts than those it was built with."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -22,6 +22,7 @@ from llmopt.optimizer.model import Model
 from llmopt.optimizer.progress import Progress
 from llmopt.optimizer.sources import load_model
 from llmopt.optimizer.tokens import Tokens
+from llmopt.runtime.backends.opening import Executor, pick_engine
 
 __all__ = ["FILE_WINDOWS", "Question", "Result", "evaluate"]
 
@@ -43,6 +44,7 @@ class Question:
         source: Where the source model is now; None means where the build found it.
         threads: Of the engine and of PyTorch.
         offline: Whether hubs are left alone.
+        executor: Which of the build's engines is measured, and by what it is executed.
     """
 
     data: tuple[Path, ...] = ()
@@ -51,6 +53,7 @@ class Question:
     source: str | None = None
     threads: int = 1
     offline: bool = False
+    executor: Executor = field(default_factory=Executor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,16 +89,18 @@ def evaluate(directory: Path, question: Question, progress: Progress) -> Result:
             f"{directory} is a build of an encoder, which writes no text to be measured on",
             hint="--data names a file with a text on each line",
         )
+    if manifest.encoders:
+        question.executor.check_encoder()
     with progress.step("load the source model"):
         model = _source(manifest, question)
     if manifest.encoders:
         measurements = _vectors(directory, manifest, gates, question, model, progress)
         return Result(measurements, judge(gates, measurements), not_judged, _changed_texts(manifest, measurements))
     model = _with_adapters(manifest, model)
+    engine = pick_engine(directory, manifest, question.executor)
     texts = _texts(gates, model, manifest, question, progress)
-    engine = manifest.engines[0]
     longest = max(text.ids.shape[1] for text in texts)
-    measured = measurable(directory, engine, longest=longest, threads=question.threads)
+    measured = measurable(directory, engine, question.executor, longest=longest, threads=question.threads)
     if measured.proxy is not None:
         progress.note(f"measuring {measured.proxy}: this machine does not execute {engine.target}")
     with progress.step("measure") as tick:
@@ -178,7 +183,7 @@ def _texts(
     gates: Sequence[Gate], model: Model, manifest: Manifest, question: Question, progress: Progress
 ) -> list[Tokens]:
     """The gates' texts, the other files given, and sampled text when that leaves nothing."""
-    seed, capacity = int(manifest.recipe.get("seed", 0)), manifest.engines[0].capacity
+    seed, capacity = int(manifest.recipe.get("seed", 0)), min(engine.capacity for engine in manifest.engines)
     with progress.step("read or sample texts") as tick:
         texts = texts_for(gates, model, seed=seed, threads=question.threads, progress=tick)
         named = {gate.data for gate in gates}

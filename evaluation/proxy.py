@@ -16,9 +16,12 @@ from llmopt.optimizer.errors import UnsupportedError
 from llmopt.optimizer.graph_precision import set_precision
 from llmopt.optimizer.manifest import EncoderEngine, Engine, PassRecord
 from llmopt.optimizer.tokens import Tokens
+from llmopt.runtime.backends import onnxruntime
 from llmopt.runtime.backends.base import Backend
 from llmopt.runtime.backends.encoder import EncoderBackend, open_encoder_backend
-from llmopt.runtime.backends.onnxruntime import OnnxRuntimeBackend, open_backend, open_session
+from llmopt.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from llmopt.runtime.backends.opening import Executor, open_backend, runs_here, slot_capacity
+from llmopt.runtime.backends.session import open_session
 
 __all__ = ["Measured", "check_range", "measurable", "open_encoder", "proxy_of"]
 
@@ -44,19 +47,38 @@ class Measured:
     proxy: str | None
 
 
-def measurable(directory: Path, engine: Engine, *, longest: int, threads: int, packed: bool = True) -> Measured:
-    """The engine itself if it is one for the CPU, else its graph in ONNX Runtime.
+def measurable(
+    directory: Path,
+    engine: Engine,
+    executor: Executor | None = None,
+    *,
+    longest: int,
+    threads: int,
+    packed: bool = True,
+) -> Measured:
+    """The engine itself where this machine executes it, else its graph in ONNX Runtime.
 
     Args:
         directory: The build.
         engine: One of its engines.
+        executor: What somebody wants it to be executed by.
         longest: Tokens of the longest window.
         threads: Of ONNX Runtime.
-        packed: See ``open_backend``.
+        packed: See ``onnxruntime.open_backend``.
     """
-    if engine.target == "cpu":
-        capacity = min(longest, engine.capacity)
-        opened = partial(open_backend, directory, engine, slots=1, capacity=capacity, threads=threads, packed=packed)
+    executor = executor or Executor()
+    is_asked_for = executor.engine is not None or executor.provider not in (None, "cpu")
+    if engine.target == "cpu" or is_asked_for or (executor.provider is None and runs_here(engine, executor)):
+        opened = partial(
+            open_backend,
+            directory,
+            engine,
+            executor,
+            slots=1,
+            capacity=slot_capacity(engine, longest),
+            threads=threads,
+            packed=packed,
+        )
         return Measured(opened, None)
     return Measured(partial(_open_graph, directory, engine, longest, threads), proxy_of(engine))
 
@@ -104,7 +126,7 @@ def check_range(
         UnsupportedError: One is near the largest number of the engine's type.
     """
     with _twin(directory, engine, _with_maxima) as path:
-        session = open_session(path, "cpu", threads)
+        session = open_session(path, threads)
     found: dict[str, float] = {}
     windows = [ids[:length].numpy() for text in texts for ids, length in zip(text.ids, text.mask.sum(1), strict=True)]
     windows = windows[:_WINDOWS]
@@ -124,15 +146,12 @@ def check_range(
 
 def _open_graph(directory: Path, engine: Engine, longest: int, threads: int) -> OnnxRuntimeBackend:
     """The engine's graph as a backend; one of bfloat16 in float32."""
-    fixed = engine.inputs[3].dims[2]
-    capacity = fixed if isinstance(fixed, int) else min(longest, engine.capacity)
+    capacity = slot_capacity(engine, longest)
     if engine.kv_dtype != "bfloat16":
-        session = open_session(directory / engine.path, "cpu", threads)
-        return OnnxRuntimeBackend(session, engine, slots=1, capacity=capacity)
+        return onnxruntime.open_backend(directory, engine, slots=1, capacity=capacity, threads=threads)
     with _twin(directory, engine) as path:
-        session = open_session(path, "cpu", threads)
-    wide = [each.model_copy(update={"dtype": each.dtype.replace("bfloat16", "float32")}) for each in engine.inputs]
-    return OnnxRuntimeBackend(session, engine.model_copy(update={"inputs": wide}), slots=1, capacity=capacity)
+        session = open_session(path, threads)
+    return OnnxRuntimeBackend(session, engine.model_copy(update={"kv_dtype": "float32"}), slots=1, capacity=capacity)
 
 
 def _precision(engine: Engine | EncoderEngine) -> str:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 
 from llmopt.optimizer.errors import InputError, LlmoptError, UnsupportedError
-from llmopt.optimizer.manifest import Manifest
+from llmopt.optimizer.manifest import Engine, Manifest
 from llmopt.runtime.backends.base import Backend, IntArray
 from llmopt.runtime.backends.encoder import EncoderBackend
+from llmopt.runtime.backends.opening import Executor, open_backend, pick_engine, slot_capacity
 
 __all__ = ["Plan", "Rate", "Speed", "measure_speed", "run_encoder_plan", "run_plan"]
 
@@ -37,6 +38,7 @@ class Plan:
         steps: Tokens decoded per sequence.
         repeats: Timed rounds over all shapes, after one that is not timed.
         threads: Of the engine.
+        executor: Which of a build's engines is measured, and by what it is executed.
     """
 
     prompts: tuple[tuple[int, int], ...] = ((1, 512), (8, 128))
@@ -45,6 +47,7 @@ class Plan:
     steps: int = 64
     repeats: int = 3
     threads: int = 1
+    executor: Executor = field(default_factory=Executor)
 
     @property
     def slots(self) -> int:
@@ -104,26 +107,28 @@ class Speed:
 
 
 def measure_speed(directory: Path, plan: Plan) -> Speed:
-    """Run ``plan`` on the first engine of the build in ``directory``, in a new process.
+    """Run ``plan`` on an engine of the build in ``directory``, in a new process.
 
     Raises:
-        InputError: No build there, one without an engine, or shapes beyond the engine's capacity.
+        InputError: No build there, one without an engine that fits, or shapes beyond what the engine takes.
         UnsupportedError: The engine cannot be loaded here.
         LlmoptError: The process ended without a result.
     """
     manifest = Manifest.load(directory)
     if not manifest.all_engines:
         raise InputError(f"{directory} has no engine that could be measured")
-    if manifest.encoders and plan.batches:
+    if manifest.encoders:
+        _check_encoder_plan(directory, plan)
+    engine = manifest.encoders[0] if manifest.encoders else pick_engine(directory, manifest, plan.executor)
+    if plan.capacity > engine.capacity:
         raise InputError(
-            f"{directory} is a build of an encoder, which decodes nothing",
-            hint="leave --batch, --past and --decode out",
-        )
-    capacity = manifest.all_engines[0].capacity
-    if plan.capacity > capacity:
-        raise InputError(
-            f"sequences of {plan.capacity} tokens were asked for, the engine takes {capacity}",
+            f"sequences of {plan.capacity} tokens were asked for, the engine takes {engine.capacity}",
             hint="shorten --prompt, or --past and --decode",
+        )
+    together = max(plan.batches, default=0)
+    if isinstance(engine, Engine) and together > (engine.slots or together):
+        raise InputError(
+            f"{together} sequences decoded together were asked for, the engine takes {engine.slots}", hint="see --batch"
         )
     order = json.dumps({"directory": str(directory), **asdict(plan)})
     child = subprocess.run(
@@ -138,6 +143,15 @@ def measure_speed(directory: Path, plan: Plan) -> Speed:
     if "error" in answer:
         raise UnsupportedError(answer["error"], hint=answer["hint"])
     return Speed.from_dict(answer)
+
+
+def _check_encoder_plan(directory: Path, plan: Plan) -> None:
+    if plan.batches:
+        raise InputError(
+            f"{directory} is a build of an encoder, which decodes nothing",
+            hint="leave --batch, --past and --decode out",
+        )
+    plan.executor.check_encoder()
 
 
 def run_plan(backend: Backend, plan: Plan) -> tuple[Rate, ...]:
@@ -221,13 +235,13 @@ def _cpu_features() -> tuple[str, ...]:
 def _opened(manifest: Manifest, directory: Path, plan: Plan) -> Callable[[], tuple[Rate, ...]]:
     """What runs ``plan`` on the build's engine, which is loaded now."""
     from llmopt.runtime.backends.encoder import open_encoder_backend
-    from llmopt.runtime.backends.onnxruntime import open_backend
 
     if manifest.encoders:
         encoder = open_encoder_backend(directory, manifest.encoders[0], threads=plan.threads)
         return partial(run_encoder_plan, encoder, plan)
-    engine = manifest.engines[0]
-    backend = open_backend(directory, engine, slots=plan.slots, capacity=plan.capacity, threads=plan.threads)
+    engine = pick_engine(directory, manifest, plan.executor)
+    capacity = slot_capacity(engine, plan.capacity)
+    backend = open_backend(directory, engine, plan.executor, slots=plan.slots, capacity=capacity, threads=plan.threads)
     return partial(run_plan, backend, plan)
 
 
@@ -236,7 +250,8 @@ def _main() -> None:
     order = json.loads(sys.argv[1])
     directory = Path(order.pop("directory"))
     prompts = tuple((sequences, tokens) for sequences, tokens in order.pop("prompts"))
-    plan = Plan(**{**order, "prompts": prompts, "batches": tuple(order["batches"])})
+    executor = Executor(**order.pop("executor"))
+    plan = Plan(**{**order, "prompts": prompts, "batches": tuple(order["batches"])}, executor=executor)
     try:
         started = time.perf_counter()
         run = _opened(Manifest.load(directory), directory, plan)

@@ -2,7 +2,7 @@
 
 from llmopt.optimizer.scheme import Scheme
 
-__all__ = ["cpu_refusal", "tensorrt_refusal"]
+__all__ = ["cpu_refusal", "cuda_refusal", "tensorrt_refusal"]
 
 
 def cpu_refusal(scheme: Scheme, *, experts: bool) -> str | None:
@@ -50,6 +50,26 @@ def _cpu_weights_refusal(scheme: Scheme) -> str | None:
         return "the cpu target takes integers' scales per tensor, per channel or per group"
     if weights.group_size is not None and weights.group_size % 16:
         return f"the cpu target needs a group size that is a multiple of 16, not {weights.group_size}"
+    return None
+
+
+def cuda_refusal(scheme: Scheme, *, experts: bool) -> str | None:
+    """Of ONNX Runtime's kernels for CUDA, by its own list of them (docs/OperatorKernels.md); none was run."""
+    weights = scheme.weights
+    if experts:
+        return "the cuda target has no mixtures of experts"
+    if scheme.input_activations is not None:
+        return (
+            "ONNX Runtime's CUDA provider has no kernel that multiplies rounded activations; W8A16 and W4A16 leave them"
+        )
+    if weights.type == "float":
+        return "ONNX Runtime's CUDA provider has no kernel for FP8 weights; W8A16 takes as many bits"
+    if weights.num_bits not in (4, 8):
+        return f"ONNX Runtime's CUDA provider has kernels for weights of 4 and 8 bits, not {weights.num_bits}"
+    if weights.strategy not in ("tensor", "channel", "group"):
+        return "the cuda target takes integers' scales per tensor, per channel or per group"
+    if weights.group_size is not None and weights.group_size % 16:
+        return f"the cuda target needs a group size that is a multiple of 16, not {weights.group_size}"
     return None
 
 

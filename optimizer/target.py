@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from llmopt.optimizer.scheme import Scheme
-from llmopt.optimizer.scheme_rules import cpu_refusal, tensorrt_refusal
+from llmopt.optimizer.scheme_rules import cpu_refusal, cuda_refusal, tensorrt_refusal
 
 __all__ = ["TARGETS", "Target"]
 
@@ -77,17 +77,22 @@ _TO_TENSORRT = (
 )
 """How every lowering for TensorRT ends: operators of ai.onnx only, in 16 bits."""
 
+_DECODERS = (
+    "select_rows",
+    "fuse_norm",
+    "fuse_activation",
+    "fuse_qkv",
+    "fuse_gate_up",
+    "lower_attention",
+    "lower_embedding",
+)
+"""How every lowering of decoders for ONNX Runtime begins."""
+
 TARGETS = {
     "cpu": Target(
         name="cpu",
         graph_passes=(
-            "select_rows",
-            "fuse_norm",
-            "fuse_activation",
-            "fuse_qkv",
-            "fuse_gate_up",
-            "lower_attention",
-            "lower_embedding",
+            *_DECODERS,
             "lower_experts",
             *_TO_KERNELS,
         ),
@@ -97,6 +102,13 @@ TARGETS = {
             *_TO_KERNELS,
         ),
         rules=cpu_refusal,
+    ),
+    "cuda": Target(
+        name="cuda",
+        graph_passes=(*_DECODERS, *_TO_KERNELS, "lower_norm", _HALF, "lower_opset"),
+        encoder_passes=(),
+        rules=cuda_refusal,
+        options={"lower_linear": {"executor": "cuda"}, "lower_embedding": {"executor": "cuda"}},
     ),
     "tensorrt": Target(
         name="tensorrt",

@@ -5,10 +5,11 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmopt.optimizer.errors import InputError, RejectedError
-from llmopt.optimizer.manifest import MANIFEST_NAME, Engine, Manifest, sha256_of
+from llmopt.optimizer.errors import RejectedError
+from llmopt.optimizer.manifest import MANIFEST_NAME, Manifest, sha256_of
 from llmopt.optimizer.tokenizer_config import read_object
 from llmopt.runtime.backends.base import Backend
+from llmopt.runtime.backends.opening import Executor, free_memory, open_backend, pick_engine, slot_capacity
 from llmopt.runtime.sizing import Sizes, choose_sizes
 from llmopt.runtime.structured.grammar import Grammars
 from llmopt.runtime.text import Tokenizer
@@ -58,6 +59,7 @@ def open_build(
     memory: int | None = None,
     context: int | None = None,
     threads: int | None = None,
+    executor: Executor | None = None,
     verify: bool = False,
     force: bool = False,
 ) -> Build:
@@ -70,6 +72,7 @@ def open_build(
         memory: Bytes that keys and values may take; half of what is free when omitted.
         context: Tokens per request, prompt and answer together; the engine's capacity, at most 2048, when omitted.
         threads: Of one run; the cores this process may use when omitted.
+        executor: Which of its engines is executed, and by what; the best that runs here when omitted.
         verify: Whether to compare every file's digest; sizes are always compared.
         force: Whether to open a build that missed its gates.
 
@@ -84,14 +87,18 @@ def open_build(
     manifest = Manifest.load(directory, verify=verify)
     if manifest.verdict.status == "rejected":
         refuse_rejected(directory, manifest, force=force)
-    engine = _pick_engine(directory, manifest)
-    capacity = min(engine.capacity, DEFAULT_CONTEXT) if context is None else context
+    executor = executor or Executor()
+    engine = pick_engine(directory, manifest, executor)
+    capacity = slot_capacity(engine, DEFAULT_CONTEXT) if context is None else context
     tokenizer = Tokenizer(directory)
     # A checkpoint may name an end token its vocabulary lacks; no row of logits has a place for it.
     tokenizer.stop_ids = frozenset(token for token in tokenizer.stop_ids if token < engine.vocab_size)
-    sizes = choose_sizes(engine, capacity=capacity, running=slots, kept=kept_slots, memory=memory)
-    backend = _open_backend(directory, engine, sizes.slots, capacity, threads or default_threads())
-    logger.info("%s", sizes)
+    free = None if memory is not None else free_memory(directory, engine, executor)
+    sizes = choose_sizes(engine, capacity=capacity, running=slots, kept=kept_slots, memory=memory, free=free)
+    backend = open_backend(
+        directory, engine, executor, slots=sizes.slots, capacity=capacity, threads=threads or default_threads()
+    )
+    logger.info("the engine is %s for %s; %s", engine.exporter, engine.target, sizes)
     fingerprint = "fp_" + sha256_of(directory / MANIFEST_NAME)[:16]
     grammars = Grammars(tokenizer, engine.vocab_size)
     return Build(directory, manifest, backend, tokenizer, fingerprint, sizes, grammars)
@@ -121,26 +128,3 @@ def refuse_rejected(directory: Path, manifest: Manifest, *, force: bool) -> None
             f"{directory} was rejected when it was built: {named}", hint="build a better one, or use --force"
         )
     logger.warning("%s was rejected when it was built: %s", directory, named)
-
-
-def _pick_engine(directory: Path, manifest: Manifest) -> Engine:
-    """The first engine this version can execute."""
-    for engine in manifest.engines:
-        if engine.exporter == "onnx" and engine.target == "cpu":
-            return engine
-    if manifest.encoders:
-        raise InputError(
-            f"{directory} is a build of an encoder ({manifest.architecture}), which continues no text",
-            hint="llmopt serve makes vectors of texts with it, and in Python llmopt.runtime.encoder.Encoder",
-        )
-    found = ", ".join(f"{engine.exporter} for {engine.target}" for engine in manifest.engines) or "none"
-    raise InputError(
-        f"{directory} has no engine that can be executed here (engines: {found})",
-        hint="add 'export: [{onnx: {target: cpu}}]' to the recipe and build again",
-    )
-
-
-def _open_backend(directory: Path, engine: Engine, slots: int, capacity: int, threads: int) -> Backend:
-    from llmopt.runtime.backends.onnxruntime import open_backend
-
-    return open_backend(directory, engine, slots=slots, capacity=capacity, threads=threads)

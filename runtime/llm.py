@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from llmopt.optimizer.errors import InputError, LlmoptError
+from llmopt.runtime.backends.opening import Executor
 from llmopt.runtime.build import open_build
 from llmopt.runtime.engine import Engine, QueueLimits
 from llmopt.runtime.policy import Choices, policy_for
@@ -100,6 +101,7 @@ class LLM:
         threads: Of the engine; the cores this process may use when omitted.
         memory: Bytes that keys and values may take; half of what is free when omitted.
         choices: What else somebody who starts an engine may choose.
+        executor: Which of the build's engines is executed, and by what; the best that runs here when omitted.
         force: Whether to open a build that missed its gates.
 
     Raises:
@@ -116,6 +118,7 @@ class LLM:
         threads: int | None = None,
         memory: int | None = None,
         choices: Choices | None = None,
+        executor: Executor | None = None,
         force: bool = False,
     ) -> None:
         self.build = open_build(
@@ -125,6 +128,7 @@ class LLM:
             context=context,
             threads=threads,
             memory=memory,
+            executor=executor,
             force=force,
         )
         policy = policy_for(self.build, choices or Choices())

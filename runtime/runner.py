@@ -55,7 +55,7 @@ class Runner:
         described = backend.engine
         limits = Limits(
             slots=backend.slots,
-            running=min(policy.running or backend.slots, backend.slots),
+            running=min(policy.running or backend.slots, backend.slots, described.slots or backend.slots),
             max_chunk=described.max_chunk,
             min_chunk=described.min_chunk,
             shares=policy.shares_prefixes,

@@ -20,7 +20,7 @@ from llmopt.exporters.onnx.lowering import lowered_graph
 from llmopt.exporters.onnx.rope import check_rope, longest_with, rope_note
 from llmopt.exporters.onnx.verify import verify_lowering
 from llmopt.optimizer import kernels
-from llmopt.optimizer.contracts import Exporter, PassContext
+from llmopt.optimizer.contracts import Exporter, Feature, PassContext
 from llmopt.optimizer.decoder import Decoder
 from llmopt.optimizer.errors import InputError, MissingExtraError, UnsupportedError
 from llmopt.optimizer.manifest import Checkpoint, EncoderEngine, Engine, PassRecord
@@ -34,11 +34,15 @@ _MAX_CHUNK = 512
 
 
 class Onnx(Exporter):
-    """Write ``engine/model.onnx`` and its external data, or those of onnxruntime-genai into ``genai/``."""
+    """Write ``engine/model.onnx`` and its external data, those for CUDA into ``cuda/``, of genai into ``genai/``."""
 
     for_encoders: ClassVar[bool] = True
 
-    target: Literal["cpu"] = Field("cpu", description="What executes the engine: cpu, by ONNX Runtime.")
+    target: Literal["cpu", "cuda"] = Field(
+        "cpu",
+        description="Which provider of ONNX Runtime executes the engine. cuda: decoders without experts, in float16; "
+        "never executed on a GPU.",
+    )
     flavor: Literal["llmopt", "genai"] = Field(
         "llmopt",
         description="llmopt: the engine that llmopt serves and measures. genai: a folder that onnxruntime-genai loads.",
@@ -69,7 +73,14 @@ class Onnx(Exporter):
     @property
     def folder(self) -> str:
         """See ``Exporter.folder``."""
-        return "engine" if self.flavor == "llmopt" else "genai"
+        if self.flavor == "genai":
+            return "genai"
+        return "engine" if self.target == "cpu" else self.target
+
+    @property
+    def holds(self) -> frozenset[Feature]:
+        """See ``Exporter.holds``: attention over an int8 cache was not tried on CUDA."""
+        return super().holds if self.target == "cpu" else frozenset({"an online rotation"})
 
     def executors(self) -> list[Target]:
         """See ``Exporter.executors``."""
@@ -78,7 +89,7 @@ class Onnx(Exporter):
     @property
     def _own_kernels(self) -> bool:
         if self.kernels is None:
-            return self.flavor == "llmopt" and kernels.library() is not None
+            return self.target == "cpu" and self.flavor == "llmopt" and kernels.library() is not None
         return self.kernels == "llmopt"
 
     def check(self, model: Model) -> None:
@@ -90,6 +101,8 @@ class Onnx(Exporter):
         """
         if importlib.util.find_spec("onnxruntime") is None:
             raise MissingExtraError("onnxruntime", "cpu")
+        if self.target == "cuda":
+            self._check_cuda(model)
         if model.is_encoder:
             self._check_encoder(model)
             longest = self._pooled(model).encoder.max_positions
@@ -108,9 +121,9 @@ class Onnx(Exporter):
         return self.capacity or model.decoder.max_positions
 
     def estimate(self, model: Model) -> int:
-        """See ``Exporter.estimate``: weights as stored, floats as float32."""
-        weights = model.weights.values()
-        return sum(4 * w.nbytes // w.dtype.itemsize if isinstance(w, DenseWeight) else w.nbytes for w in weights)
+        """See ``Exporter.estimate``: weights as stored, floats as float32, or float16 for CUDA."""
+        weights, item = model.weights.values(), 4 if self.target == "cpu" else 2
+        return sum(item * w.nbytes // w.dtype.itemsize if isinstance(w, DenseWeight) else w.nbytes for w in weights)
 
     def export(
         self, model: Model, directory: Path, context: PassContext
@@ -141,6 +154,17 @@ class Onnx(Exporter):
                 hint="leave the options out; they are for encoders without files of sentence-transformers",
             )
         return replace(model, pooling=wanted)
+
+    def _check_cuda(self, model: Model) -> None:
+        if model.is_encoder:
+            raise UnsupportedError(
+                f"target: cuda is for decoders, and {model.family.name} is an encoder", hint="set target: cpu"
+            )
+        if model.decoder.expert_linears:
+            raise UnsupportedError("target: cuda has no kernels for a mixture of experts", hint="set target: cpu")
+        if self.flavor != "llmopt" or self.kernels == "llmopt":
+            wrong = f"flavor: {self.flavor}" if self.flavor != "llmopt" else "kernels: llmopt"
+            raise UnsupportedError(f"{wrong} is for target: cpu", hint="leave it out, or set target: cpu")
 
     def _check_encoder(self, model: Model) -> None:
         if self.kernels is not None:
@@ -177,7 +201,7 @@ class Onnx(Exporter):
         for rope in model.decoder.ropes:
             if note := rope_note(rope, capacity):
                 context.note(note)
-        if self.kernels is None and self.flavor == "llmopt" and not self._own_kernels:
+        if self.target == "cpu" and self.kernels is None and self.flavor == "llmopt" and not self._own_kernels:
             context.note("kernels: onnxruntime, because llmopt was installed without a C++ compiler")
         differences = verify_lowering(model, target, level=context.verify, seed=context.seed)
         graph, records = lowered_graph(model, target, capacity=capacity, strict=context.strict)
@@ -197,25 +221,27 @@ class Onnx(Exporter):
 
     def _describe(self, model: Model, graph: ir.Model, capacity: int) -> Engine:
         decoder = model.decoder
+        inputs = [tensor_info(value) for value in graph.graph.inputs]
+        on_cpu = self.target == "cpu"
         return Engine(
             exporter="onnx",
             target=self.target,
             path=f"{self.folder}/model.onnx",
-            inputs=[tensor_info(value) for value in graph.graph.inputs],
+            inputs=inputs,
             outputs=[tensor_info(value) for value in graph.graph.outputs],
             num_layers=len(decoder.layers),
             kv_heads=decoder.kv_heads,
             head_dim=decoder.head_dim,
-            kv_dtype="float32" if model.cache_scales(0) is None else "int8",
+            kv_dtype=next(each.dtype for each in inputs if each.name.startswith("past.")),
             vocab_size=decoder.vocab_size,
             capacity=capacity,
             max_chunk=min(_MAX_CHUNK, capacity),
             min_chunk=2,
-            batch_invariant=not batch_dependent(graph),
+            batch_invariant=on_cpu and not batch_dependent(graph),
             features=[
                 *([] if model.cache_scales(0) is None else ["int8_kv"]),
                 *([kernels.FEATURE] if self._own_kernels else []),
-                *vnni_feature(model),
+                *(vnni_feature(model) if on_cpu else []),
             ],
         )
 

@@ -116,6 +116,9 @@ class Compiler:
             config.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), 0)
         if workspace is not None:
             config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
+        if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
+            # TensorRT for RTX allocates memory while it runs otherwise, and then no CUDA graph can be captured.
+            config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
         return config
 

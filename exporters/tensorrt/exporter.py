@@ -211,6 +211,7 @@ class TensorRT(Exporter):
             max_chunk=min(self.max_chunk, capacity),
             min_chunk=1,
             batch_invariant=False,
+            features=[find_package().name],
             compiled=compiled,
         )
 

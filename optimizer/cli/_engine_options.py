@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from llmopt.optimizer.cli._executor_options import executor_of, executor_options
+
 if TYPE_CHECKING:
     from llmopt.runtime.policy import Choices
 
-__all__ = ["choices_of", "engine_options", "memory_of"]
+__all__ = ["choices_of", "engine_options", "opening_of"]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -56,12 +58,13 @@ _OPTIONS = (
 
 def engine_options(command: Command) -> Command:
     """Add the options, in the order in which ``--help`` shows them."""
+    command = executor_options(command)
     for option in reversed(_OPTIONS):
         command = option(command)
     return command
 
 
-def memory_of(options: dict[str, Any]) -> dict[str, Any]:
+def opening_of(options: dict[str, Any]) -> dict[str, Any]:
     """The arguments of ``open_build`` that they mean."""
     memory = options["memory"]
     return {
@@ -70,6 +73,7 @@ def memory_of(options: dict[str, Any]) -> dict[str, Any]:
         "memory": None if memory is None else int(memory * 1e9),
         "context": options["context"],
         "threads": options["threads"],
+        "executor": executor_of(options),
     }
 
 

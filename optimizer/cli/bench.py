@@ -2,9 +2,11 @@
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
+
+from llmopt.optimizer.cli._executor_options import executor_of, executor_options
 
 if TYPE_CHECKING:
     from llmopt.evaluation.speed import Rate, Speed
@@ -56,6 +58,7 @@ def _sizes(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
 @click.option("--decode", "steps", type=click.IntRange(min=1), default=64, show_default=True, help="Tokens decoded.")
 @click.option("--repeat", "repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Rounds.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads.  [default: one per core]")
+@executor_options
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
     build: Path,
@@ -66,6 +69,7 @@ def command(
     repeats: int,
     threads: int | None,
     as_json: bool,
+    **executor: Any,
 ) -> None:
     """Measure a build's speed and memory.
 
@@ -78,13 +82,16 @@ def command(
 
     from llmopt.evaluation.speed import Plan, measure_speed
     from llmopt.optimizer.manifest import Manifest
+    from llmopt.runtime.backends.opening import pick_engine
 
-    of_encoder = bool(Manifest.load(build).encoders)
+    manifest, chosen = Manifest.load(build), executor_of(executor)
+    of_encoder = bool(manifest.encoders)
     if batches is None:
-        batches = () if of_encoder else (1, 4, 8, 16)
+        most = 0 if of_encoder else pick_engine(build, manifest, chosen).slots or 16
+        batches = tuple(size for size in (1, 4, 8, 16) if size <= most)
     prompts = prompts or (((1, 32), (32, 32), (32, 128)) if of_encoder else ((1, 512), (8, 128)))
     cores = len(os.sched_getaffinity(0))
-    plan = Plan(prompts, batches, past=past, steps=steps, repeats=repeats, threads=threads or cores)
+    plan = Plan(prompts, batches, past=past, steps=steps, repeats=repeats, threads=threads or cores, executor=chosen)
     speed = measure_speed(build, plan)
     if as_json:
         click.echo(json.dumps(asdict(speed)))

@@ -2,9 +2,11 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
+
+from llmopt.optimizer.cli._executor_options import executor_of, executor_options
 
 if TYPE_CHECKING:
     from llmopt.runtime.llm import LLM, Options
@@ -23,6 +25,7 @@ _HELP = "/reset begins anew, /system TEXT sets the system message, /quit ends; C
 @click.option("--seed", type=click.IntRange(0), help="Makes sampled answers repeatable.")
 @click.option("--context", type=click.IntRange(2), help="Tokens of the whole conversation.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of the engine. [default: all cores]")
+@executor_options
 @click.option("--force", is_flag=True, help="Use a build that missed its gates.")
 def command(
     build: Path,
@@ -34,13 +37,15 @@ def command(
     context: int | None,
     threads: int | None,
     force: bool,
+    **executor: Any,
 ) -> None:
     """Talk to BUILD in the terminal, or ask it one question with --prompt."""
     from llmopt.runtime.llm import LLM, Options
     from llmopt.runtime.sampler import Sampling
 
     options = Options(max_tokens=max_tokens, yields=True, sampling=Sampling(temperature=temperature, seed=seed))
-    with LLM(build, slots=1, kept_slots=0, context=context, threads=threads, force=force) as llm:
+    chosen = executor_of(executor)
+    with LLM(build, slots=1, kept_slots=0, context=context, threads=threads, executor=chosen, force=force) as llm:
         talk = _Talk(llm, options, system)
         if prompt is not None:
             talk.ask(prompt)

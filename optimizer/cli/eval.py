@@ -1,9 +1,11 @@
 """Measure a build against its source model again."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
+
+from llmopt.optimizer.cli._executor_options import executor_of, executor_options
 
 if TYPE_CHECKING:
     from llmopt.evaluation.again import Result
@@ -22,6 +24,7 @@ __all__ = ["command"]
 )
 @click.option("--source", metavar="SPEC", help="Where the source model is, if not where the build found it.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads.  [default: one per core]")
+@executor_options
 @click.option("--offline", is_flag=True, help="Download nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print events and the result as JSON lines.")
 def command(
@@ -33,6 +36,7 @@ def command(
     threads: int | None,
     offline: bool,
     as_json: bool,
+    **executor: Any,
 ) -> None:
     """Measure a build against its source model again.
 
@@ -49,7 +53,8 @@ def command(
 
     progress = choose(as_json=as_json)
     cores = len(os.sched_getaffinity(0))
-    question = Question(data, windows, tokens, source, threads=threads or cores, offline=offline)
+    chosen = executor_of(executor)
+    question = Question(data, windows, tokens, source, threads=threads or cores, offline=offline, executor=chosen)
     result = evaluate(build, question, progress)
     progress.result(
         {

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llmopt.optimizer.cli._engine_options import choices_of, engine_options, memory_of
+from llmopt.optimizer.cli._engine_options import choices_of, engine_options, opening_of
 
 if TYPE_CHECKING:
     from llmopt.runtime.llm import LLM, Options
@@ -59,7 +59,7 @@ def command(
         raise InputError("--prompt is one text, --prompts a file of many: give one of them")
     asked = None if prompts is None else read_prompts(prompts)
     choices = choices_of(options)
-    sizes = memory_of(options) if asked is not None else memory_of(options) | {"slots": 1, "kept_slots": 0}
+    sizes = opening_of(options) if asked is not None else opening_of(options) | {"slots": 1, "kept_slots": 0}
     sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
     wanted = Options(max_tokens=max_tokens, yields=asked is None, sampling=sampling)
     text = sys.stdin.read() if asked is None and prompt is None else prompt

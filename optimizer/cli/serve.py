@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from llmopt.optimizer.cli._engine_options import choices_of, engine_options, memory_of
+from llmopt.optimizer.cli._engine_options import choices_of, engine_options, opening_of
 
 __all__ = ["command"]
 
@@ -63,6 +63,9 @@ def command(
     vectors = holds_encoder(build)
     if vectors and options["context"] is not None:
         raise InputError("--context is for builds that continue text", hint="an encoder's engine has its own length")
+    opening = opening_of(options)
+    if vectors:
+        opening["executor"].check_encoder()
     choices = choices_of(options)
     conduct = Conduct(
         policy=lambda opened: policy_for(opened, choices),
@@ -73,7 +76,7 @@ def command(
     def load() -> Any:
         if vectors:
             return Encoder(build, threads=options["threads"], verify=verify, force=force)
-        return open_build(build, **memory_of(options), verify=verify, force=force)
+        return open_build(build, **opening, verify=verify, force=force)
 
     sock = bind(host, port)
     name = model_name or build.resolve().name

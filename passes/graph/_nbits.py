@@ -1,7 +1,8 @@
 """Packs a DequantizeLinear weight for ONNX Runtime's block-quantized kernels."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
@@ -10,11 +11,43 @@ from llmopt.optimizer.instructions import LARGEST_BLOCK, host_instructions
 from llmopt.optimizer.lazy_tensor import bits_of, lazy_tensor
 from llmopt.passes.graph._rules import attribute
 
-__all__ = ["BlockWeight", "block_size", "block_weight", "matmul_nbits", "pack_bits"]
+__all__ = [
+    "BlockKernels",
+    "BlockWeight",
+    "Executor",
+    "block_kernels",
+    "block_size",
+    "block_weight",
+    "matmul_nbits",
+    "pack_bits",
+]
+
+Executor: TypeAlias = Literal["cpu", "cuda"]
+"""Whose kernels weights are packed for."""
 
 _BITS = {ir.DataType.INT8: 8, ir.DataType.INT4: 4}
 _MIN_BLOCK = {8: 16, 4: 16, 2: 32}
 """Blocks of 16 with 2 bits have a kernel that is slow and computes one row otherwise than several."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockKernels:
+    """What kernels of packed weights take.
+
+    Attributes:
+        largest: Columns of a block, by bits.
+        accuracy_level: What MatMulNBits may do to activations: 4 rounds them to int8 per block, 0 leaves them.
+    """
+
+    largest: Mapping[int, int]
+    accuracy_level: int
+
+
+def block_kernels(executor: Executor) -> BlockKernels:
+    """Those of ONNX Runtime's provider: on the CPU blocks are so small that results do not depend on the batch."""
+    if executor == "cpu":
+        return BlockKernels(LARGEST_BLOCK[host_instructions()], 4)
+    return BlockKernels({8: 128, 4: 128}, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +69,10 @@ class BlockWeight:
     zero_points: ir.TensorProtocol | None
 
 
-def block_size(group: int, bits: int) -> int | None:
-    """The largest block that divides ``group``, keeps results independent of the batch, and has a kernel."""
-    largest = LARGEST_BLOCK[host_instructions()][bits]
-    fitting = (block for block in (64, 32, 16) if _MIN_BLOCK[bits] <= block <= largest)
+def block_size(group: int, bits: int, executor: Executor = "cpu") -> int | None:
+    """The largest block that divides ``group`` and has a kernel; None where none does."""
+    largest = block_kernels(executor).largest.get(bits, 0)
+    fitting = (block for block in (128, 64, 32, 16) if _MIN_BLOCK[bits] <= block <= largest)
     return next((block for block in fitting if group % block == 0), None)
 
 
@@ -56,7 +89,9 @@ def pack_bits(values: np.ndarray, bits: int) -> np.ndarray:
     return packed
 
 
-def block_weight(node: ir.Node, name: str, *, transposed: bool, fewest_bits: int = 2) -> BlockWeight | str:
+def block_weight(
+    node: ir.Node, name: str, *, transposed: bool, fewest_bits: int = 2, executor: Executor = "cpu"
+) -> BlockWeight | str:
     """Repack the inputs of a DequantizeLinear; or why it has no such form.
 
     Integers of 3 bits take 4, which is the next width that has a kernel, and so do those of 2 bits in groups of 16.
@@ -68,6 +103,7 @@ def block_weight(node: ir.Node, name: str, *, transposed: bool, fewest_bits: int
         name: Of the new tensors.
         transposed: Whether rows are outputs already.
         fewest_bits: That the kernel takes.
+        executor: Whose kernel it is.
     """
     values, scales = (value.const_value if value is not None else None for value in node.inputs[:2])
     if values is None or scales is None or values.dtype not in _BITS:
@@ -77,10 +113,10 @@ def block_weight(node: ir.Node, name: str, *, transposed: bool, fewest_bits: int
         return "the scales are not one per output, nor one per group of an output's inputs"
     group = attribute(node, "block_size", 0) or k
     bits = _BITS[values.dtype]
-    if bits_of(values) == 2 >= fewest_bits and block_size(group, 2) is not None:
+    if bits_of(values) == 2 >= fewest_bits and block_size(group, 2, executor) is not None:
         bits = 2
     # A channel's scale may cover a last block that is padded; a group's may not.
-    block = block_size(group, bits) or (None if group != k else 16)
+    block = block_size(group, bits, executor) or (None if group != k else 16)
     if block is None:
         return f"no kernel's block divides a group of {group} columns"
     zeros = node.inputs[2].const_value if len(node.inputs) > 2 and node.inputs[2] is not None else None
@@ -128,11 +164,11 @@ def _is_per_output(node: ir.Node, rank: int, *, transposed: bool) -> bool:
     return (rank, attribute(node, "axis", 1)) == expected
 
 
-def matmul_nbits(op: Any, x: ir.Value, weight: BlockWeight) -> Any:
-    """``x`` times a packed weight. accuracy_level 4 rounds activations to int8 per block inside the kernel."""
+def matmul_nbits(op: Any, x: ir.Value, weight: BlockWeight, executor: Executor) -> Any:
+    """``x`` times a packed weight."""
     tensors = (weight.values, weight.scales, weight.zero_points)
     inputs = [op.initializer(tensor, name=tensor.name) for tensor in tensors if tensor is not None]
     return op.MatMulNBits(
-        x, *inputs, K=weight.k, N=weight.n, bits=weight.bits, block_size=weight.block, accuracy_level=4,
-        _domain="com.microsoft",
+        x, *inputs, K=weight.k, N=weight.n, bits=weight.bits, block_size=weight.block,
+        accuracy_level=block_kernels(executor).accuracy_level, _domain="com.microsoft",
     )  # fmt: skip

@@ -5,9 +5,10 @@ from typing import Any
 
 import onnx_ir as ir
 from onnxscript.rewriter import pattern
+from pydantic import Field
 
 from llmopt.optimizer.contracts import GraphPass, PassContext
-from llmopt.passes.graph._nbits import BlockWeight, block_weight, matmul_nbits
+from llmopt.passes.graph._nbits import BlockWeight, Executor, block_weight, matmul_nbits
 from llmopt.passes.graph._rules import apply_groups, attribute, producer
 
 __all__ = ["LowerEmbedding"]
@@ -16,9 +17,10 @@ __all__ = ["LowerEmbedding"]
 class _TableRule(pattern.RewriteRuleClassBase):  # type: ignore[misc]
     """A rule about one of the two readers of a DequantizeLinear table ``[vocabulary, columns]``."""
 
-    def __init__(self, graph: ir.Graph) -> None:
+    def __init__(self, graph: ir.Graph, executor: Executor) -> None:
         super().__init__(remove_nodes=False)
         self._graph = graph
+        self._executor = executor
 
     def table(self, op: Any) -> Any:
         """The table in a pattern."""
@@ -32,6 +34,13 @@ class _TableRule(pattern.RewriteRuleClassBase):  # type: ignore[misc]
     def refusal(self, table: ir.Value, x: ir.Value | None) -> str | None:
         """Why this rule does not apply; ``x`` is the head's input in rules about the head."""
         raise NotImplementedError
+
+    def packed(self, table: ir.Value) -> BlockWeight | str:
+        """The table in blocks, or why it has no such form."""
+        node = table.producer()
+        assert node is not None
+        name = str(table.name).removesuffix(".weight_dequantized")
+        return block_weight(node, name, transposed=True, fewest_bits=4, executor=self._executor)
 
 
 class _ChannelHeadRule(_TableRule):
@@ -72,15 +81,15 @@ class _BlockHeadRule(_TableRule):
     def refusal(self, table: ir.Value, x: ir.Value | None) -> str | None:
         if _is_rounded(x):
             return "the head's activations are quantized"
-        packed = _packed(table)
+        packed = self.packed(table)
         if isinstance(packed, str):
             return packed
         return _padding(packed)
 
     def rewrite(self, op: Any, x: ir.Value, table: ir.Value) -> Any:
-        packed = _packed(table)
+        packed = self.packed(table)
         assert isinstance(packed, BlockWeight)
-        return matmul_nbits(op, x, packed)
+        return matmul_nbits(op, x, packed, self._executor)
 
 
 class _BlockEmbeddingRule(_TableRule):
@@ -90,14 +99,14 @@ class _BlockEmbeddingRule(_TableRule):
         return op.Gather(self.table(op), ids, axis=0)
 
     def refusal(self, table: ir.Value, x: ir.Value | None) -> str | None:
-        packed = _packed(table)
+        packed = self.packed(table)
         if isinstance(packed, str):
             return packed
         shared = packed.values.name in self._graph.initializers
         return None if shared else "no head shares the table's blocks"
 
     def rewrite(self, op: Any, ids: ir.Value, table: ir.Value) -> Any:
-        packed = _packed(table)
+        packed = self.packed(table)
         assert isinstance(packed, BlockWeight)
         tensors = (packed.values, packed.scales, packed.zero_points)
         return _gathered(
@@ -114,13 +123,13 @@ class _OwnBlockEmbeddingRule(_TableRule):
     def refusal(self, table: ir.Value, x: ir.Value | None) -> str | None:
         if len(table.uses()) > 1:
             return "something else reads the table too"
-        packed = _packed(table)
+        packed = self.packed(table)
         if isinstance(packed, str):
             return packed
         return _padding(packed)
 
     def rewrite(self, op: Any, ids: ir.Value, table: ir.Value) -> Any:
-        packed = _packed(table)
+        packed = self.packed(table)
         assert isinstance(packed, BlockWeight)
         tensors = (packed.values, packed.scales, packed.zero_points)
         inputs = [op.initializer(tensor, name=tensor.name) for tensor in tensors if tensor is not None]
@@ -164,14 +173,10 @@ def _not_per_row_int8(table: ir.Value) -> str | None:
     return None
 
 
-def _packed(table: ir.Value) -> BlockWeight | str:
-    node = table.producer()
-    assert node is not None
-    return block_weight(node, str(table.name).removesuffix(".weight_dequantized"), transposed=True, fewest_bits=4)
-
-
 class LowerEmbedding(GraphPass):
     """The embedding looks its rows up in integers, the head's where they share a table; a table in float is left."""
+
+    executor: Executor = Field("cpu", description="Whose kernels read the table.")
 
     def run(self, graph: ir.Model, context: PassContext) -> ir.Model:
         """See ``GraphPass.run``."""
@@ -180,7 +185,7 @@ class LowerEmbedding(GraphPass):
             (_BlockEmbeddingRule, _ChannelEmbeddingRule),
             (_OwnBlockEmbeddingRule,),
         )
-        apply_groups(graph, [[kind.rule(graph.graph) for kind in group] for group in kinds], context)
+        apply_groups(graph, [[kind.rule(graph.graph, self.executor) for kind in group] for group in kinds], context)
         for node in graph.graph:
             table = producer(node.inputs[0], "DequantizeLinear") if node.op_type == "Gather" else None
             # FP8 has no kernel anywhere: lower_linear notes that it becomes float32 when the engine is loaded.

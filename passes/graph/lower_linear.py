@@ -5,11 +5,12 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 from onnxscript.rewriter import pattern
+from pydantic import Field
 
 from llmopt.optimizer.contracts import GraphPass, PassContext
 from llmopt.optimizer.instructions import VNNI, host_instructions
 from llmopt.optimizer.lazy_tensor import lazy_tensor
-from llmopt.passes.graph._nbits import BlockWeight, block_weight, matmul_nbits
+from llmopt.passes.graph._nbits import BlockWeight, Executor, block_weight, matmul_nbits
 from llmopt.passes.graph._rules import apply_groups, attribute, producer
 
 __all__ = ["LowerLinear"]
@@ -71,8 +72,9 @@ class _StaticRule(pattern.RewriteRuleClassBase):  # type: ignore[misc]
 class _WeightOnlyRule(pattern.RewriteRuleClassBase):  # type: ignore[misc]
     """W2A16 to W8A16: ``MatMul(x, DequantizeLinear(...))`` -> ``MatMulNBits``."""
 
-    def __init__(self) -> None:
+    def __init__(self, executor: Executor) -> None:
         super().__init__(name="lower_linear weight-only", remove_nodes=False)
+        self._executor = executor
 
     def pattern(self, op: Any, x: Any) -> Any:
         weight = op.DequantizeLinear(_allow_other_inputs=True, _allow_other_attributes=True, _outputs=["weight"])
@@ -84,14 +86,14 @@ class _WeightOnlyRule(pattern.RewriteRuleClassBase):  # type: ignore[misc]
             return result.fail("its activations are quantized too")
         if _is_fp8(_node(weight)):
             return result.fail()  # there is no such kernel
-        packed = block_weight(_node(weight), "weight", transposed=False)
+        packed = block_weight(_node(weight), "weight", transposed=False, executor=self._executor)
         return result.fail(packed) if isinstance(packed, str) else result
 
     def rewrite(self, op: Any, x: ir.Value, weight: ir.Value) -> Any:
         name = str(weight.name).removesuffix(".weight_dequantized")
-        packed = block_weight(_node(weight), name, transposed=False)
+        packed = block_weight(_node(weight), name, transposed=False, executor=self._executor)
         assert isinstance(packed, BlockWeight)
-        return matmul_nbits(op, x, packed)
+        return matmul_nbits(op, x, packed, self._executor)
 
 
 class _TransposedRule(pattern.RewriteRuleClassBase):  # type: ignore[misc]
@@ -201,10 +203,17 @@ def _dequantization(node: ir.Node) -> ir.Node | None:
 class LowerLinear(GraphPass):
     """Integer weights multiplied as integers, instead of turned into floats first."""
 
+    executor: Executor = Field("cpu", description="Whose kernels multiply them.")
+
     def run(self, graph: ir.Model, context: PassContext) -> ir.Model:
         """See ``GraphPass.run``."""
         per_token = _PerTokenRule.rule()
-        products = [*per_token.commute(), _StaticRule.rule(), _WeightOnlyRule.rule(), _TransposedRule.rule()]
+        products = [
+            *per_token.commute(),
+            _StaticRule.rule(),
+            _WeightOnlyRule.rule(self.executor),
+            _TransposedRule.rule(),
+        ]
         apply_groups(graph, [products, _BiasRule.rule().commute()], context)
         made = {str(node.outputs[0].name): made for node in graph.graph if (made := _dequantization(node)) is not None}
         if left := [name for name, node in made.items() if not _is_fp8(node)]:
@@ -214,6 +223,6 @@ class LowerLinear(GraphPass):
                 f"{len(fp8)} FP8 linears become float32 when the engine is loaded: this target has no FP8 kernels, "
                 "the engine shows what FP8 loses and is not fast"
             )
-        if any(node.op_type == "MatMulNBits" for node in graph.graph):
+        if self.executor == "cpu" and any(node.op_type == "MatMulNBits" for node in graph.graph):
             context.note("MatMulNBits rounds activations to int8 per block inside the kernel (accuracy_level 4)")
         return graph

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from llmopt.optimizer.errors import InputError
+from llmopt.optimizer.errors import InputError, UnsupportedError
 from llmopt.optimizer.manifest import EncoderEngine
 from llmopt.runtime.backends.base import ExecutionError, FloatArray
-from llmopt.runtime.backends.onnxruntime import check_features, open_session, ort_errors
+from llmopt.runtime.backends.session import check_features, open_session, ort_errors
 
 __all__ = ["EncoderBackend", "open_encoder_backend"]
 
@@ -35,7 +35,9 @@ def open_encoder_backend(directory: Path, engine: EncoderEngine, *, threads: int
         UnsupportedError: The engine needs something this version of llmopt or of ONNX Runtime cannot do.
     """
     check_features(engine.features)
-    backend = EncoderBackend(partial(open_session, directory / engine.path, engine.target), engine, threads)
+    if engine.target != "cpu":
+        raise UnsupportedError(f"this version executes encoders' engines for the target cpu, not {engine.target}")
+    backend = EncoderBackend(partial(open_session, directory / engine.path), engine, threads)
     backend.session(threads)
     return backend
 

@@ -2,10 +2,12 @@
 
 Past and present of a layer are the same memory, so a step writes only the new tokens. A prefill call binds one slot of
 the pool by pointer; a decode call binds the slots ``0 .. n-1``, which lie one behind the other. Neither copies.
+
+On a GPU the pool lies in its memory, ids and lengths go there in every call, and logits come back. That was never
+executed on hardware; tests run the same calls in the host's memory.
 """
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +15,30 @@ import numpy as np
 import numpy.typing as npt
 
 from llmopt.optimizer import kernels
-from llmopt.optimizer.errors import InputError, MissingExtraError, UnsupportedError
-from llmopt.optimizer.instructions import VNNI, host_instructions
-from llmopt.optimizer.manifest import Engine, TensorInfo
+from llmopt.optimizer.errors import InputError, UnsupportedError
+from llmopt.optimizer.manifest import Engine
 from llmopt.runtime.backends.base import ExecutionError, FloatArray, IntArray
+from llmopt.runtime.backends.session import Provider, check_features, open_session, ort_errors
+from llmopt.runtime.backends.slot_pool import GpuPool, HostPool, SlotPool, aligned_zeros
+from llmopt.runtime.sizing import item_bytes
 
-__all__ = ["OnnxRuntimeBackend", "check_features", "missing_tokens", "open_backend", "open_session", "ort_errors"]
+__all__ = ["OnnxRuntimeBackend", "missing_tokens", "open_backend"]
 
-_KNOWN_FEATURES = frozenset({"int8_kv", kernels.FEATURE, VNNI})
+_BFLOAT16 = 16
+"""ONNX's number of a type that numpy has no name for."""
+
 _IDS, _LENGTHS, _ROWS, _LOGITS = "input_ids", "past_lengths", "logit_rows", "logits"
 
 
 def open_backend(
-    directory: Path, engine: Engine, *, slots: int, capacity: int, threads: int, packed: bool = True
+    directory: Path,
+    engine: Engine,
+    *,
+    slots: int,
+    capacity: int,
+    threads: int,
+    packed: bool = True,
+    provider: Provider | None = None,
 ) -> "OnnxRuntimeBackend":
     """Load ``engine`` of the build in ``directory`` and allocate its pool.
 
@@ -37,119 +50,52 @@ def open_backend(
         threads: Threads one run works with.
         packed: Whether ONNX Runtime copies the weights into its kernels' own layout: faster, but both copies are in
             memory while it loads. Without, integer kernels give the same bits; those of weight-only schemes do not.
+        provider: What of ONNX Runtime executes it; the CPU when omitted.
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
         InputError: A capacity the engine does not have.
         UnsupportedError: The engine needs something this version of llmopt or of ONNX Runtime cannot do.
+        ResourceError: The pool does not fit in the GPU's memory.
     """
+    provider = provider or Provider()
     if not 0 < capacity <= engine.capacity:
         raise InputError(f"a context of {capacity} tokens was asked for, the engine has {engine.capacity}")
     if slots < 1:
         raise InputError(f"at least one slot is needed, not {slots}")
     check_features(engine.features)
-    session = open_session(directory / engine.path, engine.target, threads, packed=packed)
-    return OnnxRuntimeBackend(session, engine, slots=slots, capacity=capacity)
+    session = open_session(directory / engine.path, threads, provider=provider, packed=packed)
+    pool = _pool_of(engine, provider, slots=slots, capacity=capacity)
+    return OnnxRuntimeBackend(session, engine, pool, slots=slots, capacity=capacity)
 
 
-def check_features(features: Sequence[str]) -> None:
-    """Refuse an engine that needs something else than this llmopt and this machine have.
-
-    Raises:
-        UnsupportedError: Naming what.
-    """
-    if unknown := sorted(set(features) - _KNOWN_FEATURES):
-        raise UnsupportedError(
-            f"the engine needs what this llmopt does not know: {', '.join(unknown)}", hint="install a newer llmopt"
-        )
-    if kernels.FEATURE in features and kernels.library() is None:
-        raise UnsupportedError(
-            "the engine uses llmopt's kernels, and this llmopt was installed without them",
-            hint="install a C++ compiler and llmopt again, or build the engine with kernels: onnxruntime",
-        )
-    if VNNI in features and host_instructions() != VNNI:
-        raise UnsupportedError(
-            "the engine was lowered for a CPU with VNNI: on this one its integer products would overflow, or its rows "
-            "depend on what shares their batch",
-            hint="build it on a machine like this one: what is built here runs there too",
-        )
-
-
-def open_session(path: Path, target: str, threads: int, *, packed: bool = True) -> Any:
-    """An ONNX Runtime session of the graph in ``path``; see ``open_backend``.
-
-    Raises:
-        MissingExtraError: onnxruntime is not installed.
-        UnsupportedError: It cannot load the graph.
-    """
-    try:
-        import onnxruntime as ort
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("onnxruntime", "gpu" if target == "cuda" else "cpu") from error
-    if target != "cpu":
-        raise UnsupportedError(f"this version executes engines for the target cpu, not {target}")
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 4  # what fails is raised, and said once
-    # The lowering has fused what gains by it, and was verified. ONNX Runtime's own fusions would follow unverified, to
-    # kernels of which some are slower (BiasGelu, SkipLayerNormalization).
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    # FP8 weights have no kernel: without this they would be turned into floats in every call instead of once.
-    options.add_session_config_entry("session.disable_quant_qdq", "1")
-    # Between two runs the cores belong to the server; idle worker threads that spin would take them.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    options.add_session_config_entry("session.disable_prepacking", str(int(not packed)))
-    kernels.register(options)
-    try:
-        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except ort_errors() as error:
-        raise UnsupportedError(
-            f"ONNX Runtime {ort.__version__} cannot load {path}: {error}", hint="build it again, or update onnxruntime"
-        ) from error
-
-
-def ort_errors() -> tuple[type[Exception], ...]:
-    """ONNX Runtime's exceptions, which have no common base; a failing kernel raises a plain RuntimeError."""
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
-
-    names = ("EPFail", "Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoSuchFile", "NotImplemented")
-    return (RuntimeError, *(getattr(state, name) for name in (*names, "RuntimeException")))
-
-
-def _numpy_dtype(tensor: TensorInfo) -> np.dtype[Any]:
-    try:
-        return np.dtype(tensor.dtype)
-    except TypeError as error:
-        raise UnsupportedError(f"{tensor.name} has dtype {tensor.dtype}, which this llmopt cannot bind") from error
-
-
-def _aligned_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    """Zeros that start on a cache line. The pages of a large array are claimed only when written."""
-    size = int(np.prod(shape)) * dtype.itemsize
-    raw = np.zeros(size + 64, np.uint8)
-    first = -raw.ctypes.data % 64
-    return raw[first : first + size].view(dtype).reshape(shape)
+def _pool_of(engine: Engine, provider: Provider, *, slots: int, capacity: int) -> SlotPool:
+    tensors = sum(tensor.name.startswith("past.") for tensor in engine.inputs)
+    item = item_bytes(engine.kv_dtype)
+    if provider.device == "cpu":
+        return HostPool(tensors, (slots, engine.kv_heads, capacity, engine.head_dim), item)
+    return GpuPool(tensors, slots, engine.kv_heads * capacity * engine.head_dim * item, provider)
 
 
 class OnnxRuntimeBackend:
-    """A session and its pool: per KV tensor of the engine one array ``[slots, kv_heads, capacity, head_dim]``."""
+    """A session and its pool, which has the engine's KV tensors in the manifest's order; the host's when omitted."""
 
-    def __init__(self, session: Any, engine: Engine, *, slots: int, capacity: int) -> None:
+    def __init__(
+        self, session: Any, engine: Engine, pool: SlotPool | None = None, *, slots: int, capacity: int
+    ) -> None:
         self.engine = engine
         self.slots = slots
         self.capacity = capacity
         self._session = session
         self._errors = ort_errors()
         self._cache_names = _match(session, engine)
-        shape = (slots, engine.kv_heads, capacity, engine.head_dim)
-        by_name = {tensor.name: tensor for tensor in engine.inputs}
-        self._pool = [_aligned_zeros(shape, _numpy_dtype(by_name[past])) for past, _ in self._cache_names]
+        self._pool = pool = pool or _pool_of(engine, Provider(), slots=slots, capacity=capacity)
         self._ids = np.zeros((slots, 1), np.int64)
         self._lengths = np.zeros(slots, np.int64)
         self._rows = np.arange(slots, dtype=np.int64)
-        self._logits = _aligned_zeros((slots, engine.vocab_size), np.dtype(np.float32))
-        self._query_block = None if kernels.FEATURE in engine.features else _query_block(engine.head_dim)
+        self._logits = aligned_zeros((slots, engine.vocab_size), np.dtype(np.float32))
+        is_in_blocks = pool.device == "cpu" and kernels.FEATURE not in engine.features
+        self._query_block = _query_block(engine.head_dim) if is_in_blocks else None
         self._prefill_bindings: dict[int, Any] = {}
         self._decode_bindings: dict[int, Any] = {}
 
@@ -180,13 +126,15 @@ class OnnxRuntimeBackend:
             binding = self._decode_bindings[count] = self._bind_decode(count)
         self._ids[:count, 0] = ids
         self._lengths[:count] = lengths
+        if self._pool.device != "cpu":
+            # ONNX Runtime copies an input to the GPU when it is bound, and never again.
+            self._bind_decode_inputs(binding, count)
         self._run(binding)
         return self._logits[:count]
 
     def copy_prefix(self, source: int, destination: int, length: int) -> None:
         """See ``Backend.copy_prefix``."""
-        for array in self._pool:
-            array[destination, :, :length] = array[source, :, :length]
+        self._pool.copy(source, destination, length)
 
     def drop(self, slot: int) -> None:
         """See ``Backend.drop``. Nothing to do: what is not said to be held is never read."""
@@ -212,22 +160,41 @@ class OnnxRuntimeBackend:
 
     def _bind_cache(self, first: int, count: int) -> Any:
         """A binding whose past and present are the slots ``first .. first+count-1`` of the pool."""
-        binding = self._session.io_binding()
-        for (past, present), array in zip(self._cache_names, self._pool, strict=True):
-            view = array[first : first + count]
-            binding.bind_input(past, "cpu", 0, view.dtype, view.shape, view.ctypes.data)
-            binding.bind_output(present, "cpu", 0, view.dtype, view.shape, view.ctypes.data)
+        binding, pool = self._session.io_binding(), self._pool
+        shape = (count, self.engine.kv_heads, self.capacity, self.engine.head_dim)
+        where = (pool.device, pool.device_id, _element_type(self.engine.kv_dtype), shape)
+        for tensor, (past, present) in enumerate(self._cache_names):
+            address = pool.address(tensor, first)
+            binding.bind_input(past, *where, address)
+            binding.bind_output(present, *where, address)
         return binding
 
     def _bind_decode(self, count: int) -> Any:
         """A binding over the first ``count`` slots and the first ``count`` rows of the buffers; made once per count."""
         binding = self._bind_cache(0, count)
-        _bind_input(binding, _IDS, self._ids[:count])
-        _bind_input(binding, _LENGTHS, self._lengths[:count])
-        _bind_input(binding, _ROWS, self._rows[:count])
+        self._bind_decode_inputs(binding, count)
         logits = self._logits[:count]
         binding.bind_output(_LOGITS, "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
         return binding
+
+    def _bind_decode_inputs(self, binding: Any, count: int) -> None:
+        _bind_input(binding, _IDS, self._ids[:count])
+        _bind_input(binding, _LENGTHS, self._lengths[:count])
+        _bind_input(binding, _ROWS, self._rows[:count])
+
+
+def _element_type(dtype: str) -> np.dtype[Any] | int:
+    """A dtype of the manifest as ONNX Runtime's bindings take it.
+
+    Raises:
+        UnsupportedError: There is no such type.
+    """
+    if dtype == "bfloat16":
+        return _BFLOAT16
+    try:
+        return np.dtype(dtype)
+    except TypeError as error:
+        raise UnsupportedError(f"the cache has dtype {dtype}, which this llmopt cannot bind") from error
 
 
 def _query_block(head_dim: int) -> int:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from llmopt.optimizer.manifest import Engine
 from llmopt.runtime.backends.base import FloatArray, IntArray
 
-__all__ = ["ToyBackend", "toy_engine"]
+__all__ = ["ToyBackend", "toy_engine", "toy_logits"]
 
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 
@@ -80,12 +80,16 @@ class ToyBackend:
         self._cache[slot] = -1
 
     def _logits(self, slot: int, length: int) -> npt.NDArray[np.float32]:
-        """float32 ``[vocab]`` in [-8, 8), from the first ``length`` tokens of ``slot``."""
-        tokens = self._cache[slot, :length].astype(np.uint64)
-        places = np.arange(1, length + 1, dtype=np.uint64)
-        total = np.sum(_mix(tokens * _MIX + places), dtype=np.uint64)
-        vocabulary = np.arange(self.engine.vocab_size, dtype=np.uint64)
-        return ((_mix(total + vocabulary * _MIX) >> np.uint64(40)).astype(np.float32) / np.float32(1 << 20)) - 8
+        """float32 ``[vocab]``, from the first ``length`` tokens of ``slot``."""
+        return toy_logits(self._cache[slot, :length], self.engine.vocab_size)
+
+
+def toy_logits(tokens: IntArray, vocab_size: int) -> npt.NDArray[np.float32]:
+    """float32 ``[vocab]`` in [-8, 8), a hash of ``tokens`` int64 ``[n]`` and their order."""
+    places = np.arange(1, len(tokens) + 1, dtype=np.uint64)
+    total = np.sum(_mix(tokens.astype(np.uint64) * _MIX + places), dtype=np.uint64)
+    vocabulary = np.arange(vocab_size, dtype=np.uint64)
+    return ((_mix(total + vocabulary * _MIX) >> np.uint64(40)).astype(np.float32) / np.float32(1 << 20)) - 8
 
 
 def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

@@ -33,7 +33,7 @@ class ReferenceBackend:
         self.slots = 1
         self.capacity = capacity
         self.engine = Engine(
-            exporter="test", target="cpu", path="none", inputs=[], outputs=[], num_layers=3, kv_heads=2, head_dim=12,
+            exporter="onnx", target="cpu", path="none", inputs=[], outputs=[], num_layers=3, kv_heads=2, head_dim=12,
             kv_dtype="float32", vocab_size=int(model.config["vocab_size"]), capacity=capacity, max_chunk=max_chunk,
             min_chunk=2,
         )  # fmt: skip

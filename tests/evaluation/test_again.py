@@ -6,13 +6,15 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from llmopt.evaluation import again
+from llmopt.evaluation import proxy
 from llmopt.evaluation.again import Question, evaluate
 from llmopt.optimizer.cli.eval import command
 from llmopt.optimizer.errors import InputError, RejectedError
 from llmopt.optimizer.gates import Gate
 from llmopt.optimizer.manifest import Manifest, Measurement, SourceEntry, Verdict
 from llmopt.optimizer.progress import Silent
+from llmopt.runtime.backends.opening import Executor
+from llmopt.runtime.backends.toy import toy_engine
 
 
 @pytest.fixture
@@ -21,7 +23,7 @@ def build_of(tiny_model, tiny_llama, tmp_path, backend_of, monkeypatch):
 
     def make(*gates, factor=1.0, measurements=(), digest=None):
         backend = backend_of(tiny_model, lambda logits: logits * factor)
-        monkeypatch.setattr(again, "open_backend", lambda *_, **__: backend)
+        monkeypatch.setattr(proxy, "open_backend", lambda *_, **__: backend)
         directory = tmp_path / "build"
         directory.mkdir()
         Manifest(
@@ -148,3 +150,13 @@ def test_json_ends_with_the_result(build_of):
     assert last["event"] == "result"
     assert last["result"]["verdict"]["status"] == "accepted"
     assert {each["metric"] for each in last["result"]["measurements"]} == {"kl", "top1"}
+
+
+def test_an_engine_for_a_gpu_is_measured_by_its_graph_unless_somebody_names_what_executes_it(tmp_path):
+    engine = toy_engine().model_copy(update={"exporter": "onnx", "target": "cuda"})
+
+    def proxy_of(**wanted):
+        return proxy.measurable(tmp_path, engine, Executor(**wanted), longest=4, threads=1).proxy
+
+    assert proxy_of() == proxy_of(provider="cpu") == "its graph, executed by ONNX Runtime on a CPU"
+    assert proxy_of(provider="cuda") is proxy_of(engine="onnx") is None

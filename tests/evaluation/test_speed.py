@@ -35,7 +35,7 @@ def build(tmp_path):
         architecture="llama",
         layers=[],
         passes=[],
-        engines=[toy_engine(capacity=1024)],
+        engines=[toy_engine(capacity=1024).model_copy(update={"exporter": "onnx", "target": "cpu"})],
         verdict=Verdict(status="unjudged"),
     ).save(tmp_path)
     return tmp_path
@@ -86,7 +86,7 @@ def test_the_measuring_process_imports_no_torch():
 
 
 def test_what_the_measuring_process_refuses_is_said(build):
-    with pytest.raises(UnsupportedError, match="target cpu, not toy"):
+    with pytest.raises(UnsupportedError, match="cannot load"):
         measure_speed(build, Plan())
 
 

@@ -6,7 +6,7 @@ from llmopt.optimizer import loader
 from llmopt.optimizer.scheme import PRESETS, QuantSpec, Scheme
 from llmopt.optimizer.target import TARGETS
 
-CPU = TARGETS["cpu"]
+CPU, CUDA = TARGETS["cpu"], TARGETS["cuda"]
 TOKEN = {"num_bits": 8, "strategy": "token", "dynamic": True}
 STATIC = {"num_bits": 8, "strategy": "tensor", "dynamic": False}
 
@@ -83,3 +83,31 @@ def test_a_target_is_found_by_its_name_and_its_graph_passes_exist_once(target):
     assert TARGETS[target.name] is target
     assert set(target.graph_passes) <= set(loader.names("passes.graph"))
     assert len(set(target.graph_passes)) == len(target.graph_passes)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("size", [-1, 16, 32, 64, 128, 192])
+def test_cuda_runs_weights_of_4_and_8_bits(bits, size, symmetric):
+    assert CUDA.refusal(scheme(num_bits=bits, symmetric=symmetric).with_group_size(size)) is None
+
+
+@pytest.mark.parametrize(
+    ("refused", "why"),
+    [
+        (scheme(TOKEN), "no kernel that multiplies rounded activations"),
+        (scheme(STATIC), "no kernel that multiplies rounded activations"),
+        (PRESETS["FP8"], "no kernel that multiplies rounded activations"),
+        (scheme(type="float"), "no kernel for FP8 weights"),
+        (scheme(num_bits=2), "weights of 4 and 8 bits, not 2"),
+        (scheme(num_bits=3), "weights of 4 and 8 bits, not 3"),
+        (scheme(strategy="block", block_structure=(128, 128)), "per tensor, per channel or per group"),
+        (scheme(strategy="group", group_size=40), "multiple of 16, not 40"),
+    ],
+)
+def test_what_cuda_has_no_kernel_for_is_refused_with_the_reason(refused, why):
+    assert why in CUDA.refusal(refused)
+
+
+def test_cuda_has_no_experts():
+    assert CUDA.refusal(PRESETS["W8A16"], experts=True) == "the cuda target has no mixtures of experts"

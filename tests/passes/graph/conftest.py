@@ -105,14 +105,14 @@ def execute(graph: ir.Model, calls: Sequence[Feeds]) -> list[Outputs]:
     ]
 
 
-def apply(name: str, graph: ir.Model, *calls: Feeds) -> Rewritten:
+def apply(name: str, graph: ir.Model, *calls: Feeds, **chosen: Any) -> Rewritten:
     common.ShapeInferencePass()(graph)
     data = ir.to_proto(graph).graph.SerializeToString(deterministic=True)
     before = execute(graph, calls)
     details: dict[str, Any] = {}
     notes: list[str] = []
     fallbacks: list[str] = []
-    options = loader.load("passes.graph", name)()
+    options = loader.load("passes.graph", name)(**chosen)
     context = PassContext(detail=details.__setitem__, note=notes.append, fallback=fallbacks.append)
     result = options.run(graph, context)
     assert result is graph
@@ -171,7 +171,7 @@ def calls_of(decoder: Decoder, capacity: int, *, int8: bool = False) -> list[Fee
 
 @pytest.fixture(scope="session")
 def rewrite() -> Callable[..., Rewritten]:
-    """``rewrite(name, graph, *calls)``: apply a graph pass and run the graph before and after it."""
+    """``rewrite(name, graph, *calls, **options)``: apply a graph pass and run the graph before and after it."""
     return apply
 
 

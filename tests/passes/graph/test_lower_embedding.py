@@ -99,6 +99,15 @@ def test_blocks_are_shared_by_both(rewrite, graph_of, numbers, feeds, bits, colu
     assert np.abs(logits - result.before[0][1]).max() < ROUNDED * np.abs(logits).max()
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_for_cuda_both_share_the_groups_blocks(rewrite, graph_of, numbers, feeds, bits):
+    graph = graph_of(tied(table_of(numbers, 128, bits=bits, block=128)), **INPUTS)
+    result = rewrite("lower_embedding", graph, feeds(128), executor="cuda")
+    blocks = {node.op_type: node.attributes.get_int("block_size", 0) for node in result.graph.graph}
+    assert blocks["MatMulNBits"] == blocks["GatherBlockQuantized"] == 128
+    assert result.difference() < EXACT
+
+
 @pytest.mark.parametrize(
     ("scheme", "options"),
     [

@@ -7,6 +7,8 @@ import pytest
 X = ("float32", ("batch", "tokens", "columns"))
 EXACT = 1e-6
 """The integers are the same; the floats around them are multiplied in another order."""
+FLOATS = 1e-5
+"""576 products of floats, added in another order: the square root of their number times float32's epsilon."""
 ROUNDED = 0.02
 """MatMulNBits rounds each block of 16 to 64 activations to int8: half of 1/127 of the block's largest, at most."""
 
@@ -133,6 +135,26 @@ def test_weight_only_is_right_within_its_own_rounding(rewrite, graph_of, numbers
     assert result.ops == {"MatMulNBits": 1}
     assert result.difference() < ROUNDED
     assert result.notes == ["MatMulNBits rounds activations to int8 per block inside the kernel (accuracy_level 4)"]
+
+
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize(
+    ("bits", "block", "expected"),
+    [(8, None, 64), (8, 16, 16), (8, 128, 128), (4, None, 64), (4, 32, 32), (4, 64, 64), (4, 128, 128), (4, 384, 128)],
+)
+def test_for_cuda_a_groups_scale_is_stored_once_and_activations_stay(
+    rewrite, graph_of, numbers, bits, block, expected, asymmetric
+):
+    """Blocks need not be small there: nothing promises that rows do not depend on their batch."""
+    columns = 384 if expected == 128 else 576
+    weight = dequantized(numbers, columns, 24, bits=bits, block=block, asymmetric=asymmetric)
+    x = numbers(2, 5, columns)
+    result = rewrite("lower_linear", graph_of(linear(weight), x=X), {"x": x}, executor="cuda")
+    (node,) = result.graph.graph
+    attributes = {name: node.attributes.get_int(name) for name in ("bits", "block_size", "accuracy_level")}
+    assert attributes == {"bits": bits, "block_size": expected, "accuracy_level": 0}
+    assert result.difference() < FLOATS
+    assert result.notes == []
 
 
 @pytest.mark.parametrize("asymmetric", [False, True])

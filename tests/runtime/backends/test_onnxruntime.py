@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 
 from llmopt.optimizer.errors import InputError, MissingExtraError, UnsupportedError
+from llmopt.runtime.backends import onnxruntime
 from llmopt.runtime.backends.base import ExecutionError
-from llmopt.runtime.backends.onnxruntime import open_backend
+from llmopt.runtime.backends.onnxruntime import OnnxRuntimeBackend, open_backend
+from llmopt.runtime.backends.session import Provider, open_session
+from llmopt.runtime.backends.slot_pool import GpuPool
 
 # float32 against float64, one layer of width 64: a few hundred roundings of values around one.
 TOLERANCE = 2e-4
@@ -111,7 +114,7 @@ def test_an_unknown_feature_is_refused(tiny_engine):
 
 @pytest.mark.parametrize("host", ["avx2", "vnni"])
 def test_an_engine_built_with_vnni_is_refused_where_its_products_would_overflow(tiny_engine, host, monkeypatch):
-    monkeypatch.setattr("llmopt.runtime.backends.onnxruntime.host_instructions", lambda: host)
+    monkeypatch.setattr("llmopt.runtime.backends.session.host_instructions", lambda: host)
     engine = tiny_engine.engine.model_copy(update={"features": ["vnni"]})
     if host == "vnni":
         assert open_backend(tiny_engine.directory, engine, slots=1, capacity=8, threads=1).capacity == 8
@@ -145,3 +148,53 @@ def test_a_missing_onnxruntime_names_the_extra(tiny_engine, monkeypatch):
     with pytest.raises(MissingExtraError) as caught:
         opened(tiny_engine)
     assert caught.value.hint == "pip install 'llmopt[cpu]'"
+
+
+def in_a_gpus_pool(tiny, *, slots=4, capacity=64):
+    """As on a GPU, with the host's memory for the GPU's: inputs are bound anew in every call, slots copied whole."""
+    engine = tiny.engine
+    session = open_session(tiny.directory / engine.path, 1)
+    size = engine.kv_heads * capacity * engine.head_dim * 4
+    pool = GpuPool(2, slots, size, Provider(), device="cpu")
+    backend = OnnxRuntimeBackend(session, engine, pool, slots=slots, capacity=capacity)
+    return backend, pool
+
+
+def test_a_pool_on_a_gpu_gives_the_results_of_one_in_the_host(tiny_engine):
+    backend, _ = in_a_gpus_pool(tiny_engine)
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [11, 12]]
+    for slot, prompt in enumerate(prompts):
+        all_rows(backend, slot, prompt)
+    backend.copy_prefix(1, 3, 5)
+    np.testing.assert_allclose(
+        all_rows(backend, 3, [13, 14], 5)[-1], tiny_engine.logits([4, 5, 6, 7, 8, 13, 14])[-1], atol=TOLERANCE
+    )
+    for step in range(3):
+        fresh = np.array([20 + step, 30 + step, 40 + step])
+        logits = backend.decode(fresh, np.array([len(p) for p in prompts]))
+        prompts = [[*p, int(t)] for p, t in zip(prompts, fresh, strict=True)]
+        np.testing.assert_allclose(logits, [tiny_engine.logits(p)[-1] for p in prompts], atol=TOLERANCE)
+
+
+def test_on_a_gpu_every_decode_binds_its_inputs_anew(tiny_engine, monkeypatch):
+    """ONNX Runtime copies them there when they are bound."""
+    bound = []
+    right = onnxruntime._bind_input
+    monkeypatch.setattr(
+        onnxruntime, "_bind_input", lambda b, name, values: bound.append(name) or right(b, name, values)
+    )
+    backend, pool = in_a_gpus_pool(tiny_engine)
+    for is_on_gpu in (False, True):
+        if is_on_gpu:
+            pool.device = "cuda"
+        bound.clear()
+        for _ in range(3):
+            backend.decode(np.array([1]), np.array([0]))
+        assert len(bound) == (9 if is_on_gpu else 3)
+
+
+def test_a_cache_of_a_type_that_numpy_does_not_know_is_bound_by_its_number():
+    assert onnxruntime._element_type("bfloat16") == 16
+    assert onnxruntime._element_type("float16") == np.float16
+    with pytest.raises(UnsupportedError, match="the cache has dtype float7"):
+        onnxruntime._element_type("float7")
