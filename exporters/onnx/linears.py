@@ -1,5 +1,7 @@
 """Linears, composites and vectors of a standard graph, each made once for all that read it."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import onnx_ir as ir
 
@@ -7,9 +9,31 @@ from llmopt.exporters.onnx import composites
 from llmopt.exporters.onnx.builder import GraphBuilder
 from llmopt.exporters.onnx.composites import DOMAIN
 from llmopt.exporters.onnx.weights import input_scale, linear_weight, reordered, table, vector
+from llmopt.optimizer.manifest import LoraSlots
 from llmopt.optimizer.model import Model, QuantWeight
 
-__all__ = ["Linears"]
+__all__ = ["Linears", "Lora"]
+
+
+@dataclass(frozen=True, slots=True)
+class Lora:
+    """What linears with adapters read in a graph.
+
+    Attributes:
+        slots: Which linears they are, and where factors lie.
+        adapters: int64 ``[batch, tokens, 1]``, each token's.
+        factors, ranks: Of all adapters; see ``composites.lora_add``.
+    """
+
+    slots: LoraSlots
+    adapters: ir.Value
+    factors: ir.Value
+    ranks: ir.Value
+
+    @property
+    def numbers(self) -> dict[str, int]:
+        """The linears' numbers by name."""
+        return {module.name: number for number, module in enumerate(self.slots.modules)}
 
 
 class Linears:
@@ -21,11 +45,12 @@ class Linears:
         made: Values that may be asked for again, by what makes them.
     """
 
-    def __init__(self, model: Model, builder: GraphBuilder) -> None:
+    def __init__(self, model: Model, builder: GraphBuilder, lora: Lora | None = None) -> None:
         self.builder = builder
         self.functions: dict[str, ir.Function] = {}
         self.made: dict[str, ir.Value] = {}
         self._model = model
+        self._lora = lora
 
     def linear(self, module: str, x: ir.Value, *, order: np.ndarray | None = None) -> ir.Value:
         """``x`` times the module's weight, plus its bias; with ``order`` the outputs are in that order of rows."""
@@ -33,15 +58,15 @@ class Linears:
         bias = self._model.weights.get(f"{module}.bias")
         if order is not None:
             weight, bias = reordered(weight, order), None if bias is None else reordered(bias, order)
-        x = self._rotated_input(module, x)
+        x = read = self._rotated_input(module, x)
         if isinstance(weight, QuantWeight) and weight.has_group_index:
             x = self._by_group(module, x, weight)
         if isinstance(weight, QuantWeight) and weight.scheme.input_activations is not None:
             x = self.rounded(x, weight)
         y = self.builder.op("MatMul", x, linear_weight(self.builder, module, weight), name=f"{module}.output")
-        if bias is None:
-            return y
-        return self.builder.op("Add", y, vector(self.builder, f"{module}.bias", bias), name=f"{module}.biased")
+        if bias is not None:
+            y = self.builder.op("Add", y, vector(self.builder, f"{module}.bias", bias), name=f"{module}.biased")
+        return self._adapted(module, y, read)
 
     def rounded(self, x: ir.Value, weight: QuantWeight) -> ir.Value:
         """``x`` rounded as the weight's scheme says, once for all linears that read it rounded so."""
@@ -75,6 +100,22 @@ class Linears:
         """A node of a composite, whose function becomes part of the model."""
         self.functions.setdefault(function.name, function)
         return self.builder.op(function.name, *inputs, name=name, domain=DOMAIN, **attributes)
+
+    def _adapted(self, module: str, y: ir.Value, x: ir.Value) -> ir.Value:
+        """``y`` with the changes of each row's adapter, where the module takes any."""
+        numbers = {} if self._lora is None else self._lora.numbers
+        if self._lora is None or module not in numbers:
+            return y
+        lora = self._lora
+        entry = lora.slots.modules[numbers[module]]
+        part = [[numbers[module], entry.down, entry.up, 0, entry.outputs, int(entry.biased)]]
+        added = self.composite(
+            composites.lora_add(biased=entry.biased), y, x, lora.adapters, lora.factors, lora.ranks,
+            self.builder.constant(np.array(part), f"{module}.lora"),
+            name=f"{module}.adapted", max_rank=lora.slots.max_rank,
+        )  # fmt: skip
+        added.type, added.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(("batch", "tokens", entry.outputs))
+        return added
 
     def _rotated_input(self, module: str, x: ir.Value) -> ir.Value:
         """``x`` times the module's online rotation, where it has one."""

@@ -10,10 +10,7 @@ from llmopt.optimizer.errors import InputError
 from llmopt.optimizer.manifest import LoraModule, LoraSlots
 from llmopt.optimizer.model import Model
 
-__all__ = ["FEATURE", "LoraOptions", "lora_slots"]
-
-FEATURE = "lora"
-"""The feature of an engine whose sequences choose among adapters."""
+__all__ = ["LoraOptions", "lora_slots"]
 
 
 class LoraOptions(BaseModel):

@@ -9,6 +9,7 @@ from typing import Any
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from llmopt.exporters.onnx.lora import LoraOptions
 from llmopt.exporters.onnx.standard import standard_graph
 from llmopt.optimizer import loader
 from llmopt.optimizer.contracts import PassContext
@@ -37,7 +38,13 @@ class Stage:
 
 
 def stages(
-    model: Model, target: Target, *, capacity: int, strict: bool = False, decoder: Decoder | None = None
+    model: Model,
+    target: Target,
+    *,
+    capacity: int,
+    strict: bool = False,
+    decoder: Decoder | None = None,
+    lora: LoraOptions | None = None,
 ) -> Iterator[Stage]:
     """The standard graph, then the graph behind each of ``target``'s graph passes.
 
@@ -47,8 +54,9 @@ def stages(
         capacity: Positions the rope tables cover.
         strict: Whether a fallback is an error.
         decoder: What to compute with these weights; by default what the model's own config says.
+        lora: Which linears take adapters.
     """
-    graph = standard_graph(model, capacity=capacity, decoder=decoder)
+    graph = standard_graph(model, capacity=capacity, decoder=decoder, lora=lora)
     yield from passed(graph, target.graph_passes, options=target.options, strict=strict)
 
 
@@ -80,10 +88,16 @@ def passed(
 
 
 def lowered_graph(
-    model: Model, target: Target, *, capacity: int, strict: bool = False, decoder: Decoder | None = None
+    model: Model,
+    target: Target,
+    *,
+    capacity: int,
+    strict: bool = False,
+    decoder: Decoder | None = None,
+    lora: LoraOptions | None = None,
 ) -> tuple[ir.Model, list[PassRecord]]:
     """The last of ``stages``: the graph ``target`` executes, with a record per graph pass."""
-    return finished(stages(model, target, capacity=capacity, strict=strict, decoder=decoder))
+    return finished(stages(model, target, capacity=capacity, strict=strict, decoder=decoder, lora=lora))
 
 
 def finished(steps: Iterator[Stage]) -> tuple[ir.Model, list[PassRecord]]:

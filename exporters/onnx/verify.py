@@ -23,6 +23,7 @@ from llmopt.exporters.onnx.layer_check import (
     hint_for,
     limits,
 )
+from llmopt.exporters.onnx.lora import LoraOptions
 from llmopt.exporters.onnx.lowering import stages
 from llmopt.exporters.onnx.sessions import Sessions
 from llmopt.optimizer.decoder import Decoder, Layer
@@ -37,7 +38,9 @@ _WINDOW = 6
 """Tokens of a sliding window while it is verified: the calls have more, so that it is seen to slide."""
 
 
-def verify_lowering(model: Model, target: Target, *, level: Level, seed: int) -> dict[str, dict[str, float]]:
+def verify_lowering(
+    model: Model, target: Target, *, level: Level, seed: int, lora: LoraOptions | None = None
+) -> dict[str, dict[str, float]]:
     """Compare the graphs before and after each graph pass, and the first with the last, on single layers.
 
     Args:
@@ -46,6 +49,7 @@ def verify_lowering(model: Model, target: Target, *, level: Level, seed: int) ->
         level: quick: the first, a middle and the last layer, and one of every other kind; full: every layer; none:
             nothing.
         seed: Of the token ids that are fed.
+        lora: Which linears take adapters; those that are fed are random.
 
     Returns:
         ``layers.{i}`` -> graph pass -> the relative difference of logits (a median over rows, and of the calls the
@@ -62,7 +66,7 @@ def verify_lowering(model: Model, target: Target, *, level: Level, seed: int) ->
     found = {}
     for i in chosen:
         with tempfile.TemporaryDirectory() as folder:
-            found[f"layers.{i}"] = _Layer(model, i, seed, Sessions(Path(folder)), target).verify()
+            found[f"layers.{i}"] = _Layer(model, i, seed, Sessions(Path(folder)), target, lora).verify()
     return found
 
 
@@ -93,6 +97,7 @@ class _Layer:
     seed: int
     sessions: Sessions
     target: Target
+    lora: LoraOptions | None
     decoder: Decoder = field(init=False)
 
     def __post_init__(self) -> None:
@@ -101,7 +106,7 @@ class _Layer:
     def verify(self) -> dict[str, float]:
         """The differences of ``verify_lowering``."""
         return compare_stages(
-            stages(self.model, self.target, capacity=CAPACITY, decoder=self.decoder),
+            stages(self.model, self.target, capacity=CAPACITY, decoder=self.decoder, lora=self.lora),
             self.sessions,
             layer=self.i,
             run=self._logits,
