@@ -1,6 +1,7 @@
 """The adapters of a build that is open, by the names that requests call them."""
 
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -25,6 +26,7 @@ class Catalogue:
         self._build = build
         found = adapters if adapters is not None else read_index(build) if lora is not None else {}
         self._adapters = dict(found)
+        self._changing = threading.Lock()
         self._fitted: dict[str, tempfile.TemporaryDirectory[str]] = {}
 
     @property
@@ -59,17 +61,18 @@ class Catalogue:
             UnsupportedError: As ``fit_adapter`` does.
         """
         lora = self._takes()
-        if check_name(name) in self._adapters:
-            raise InputError(f"there is an adapter {name} already", hint="unload it first, or choose another name")
+        check_name(name)
         from llmopt.optimizer.lora.fitting import fit_adapter  # needs torch, which serving alone does not
 
-        fitted = fit_adapter(folder, self._build, lora)
-        place = tempfile.TemporaryDirectory(prefix="llmopt-adapter-")
-        file = write_adapter(
-            name, Path(place.name) / f"{name}.safetensors", fitted.factors, trained_on=fitted.trained_on
-        )
-        self._fitted[name] = place
-        self._adapters[name] = file
+        with self._changing:
+            if name in self._adapters:
+                raise InputError(f"there is an adapter {name} already", hint="unload it first, or choose another name")
+            fitted = fit_adapter(folder, self._build, lora)
+            place = tempfile.TemporaryDirectory(prefix="llmopt-adapter-")
+            file = write_adapter(
+                name, Path(place.name) / f"{name}.safetensors", fitted.factors, trained_on=fitted.trained_on
+            )
+            self._fitted[name], self._adapters[name] = place, file
         return file
 
     def remove(self, name: str) -> None:
@@ -78,9 +81,10 @@ class Catalogue:
         Raises:
             InputError: There is none of that name.
         """
-        self.find(name)
-        del self._adapters[name]
-        place = self._fitted.pop(name, None)
+        with self._changing:
+            self.find(name)
+            del self._adapters[name]
+            place = self._fitted.pop(name, None)
         if place is not None:
             place.cleanup()
 
