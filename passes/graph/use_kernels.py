@@ -173,7 +173,9 @@ class _ScaledLoraRule(pattern.RewriteRuleClassBase):  # type: ignore[misc]
         assert node is not None
         names = [f"{y.name}.by_largest"]
         added = op.LoraAdd(product, *node.inputs[1:], largest, _domain=DOMAIN, _outputs=names, **node.attributes)
-        added.shape, added.type = y.shape, y.type
+        # Equal shapes let ONNX Runtime put the sum where the product is, which it does not know of its own operator.
+        for value in (product, added):
+            value.shape, value.type = y.shape, y.type
         return op.Mul(added, largest)
 
 

@@ -154,6 +154,8 @@ def test_kernels_stay_together_where_adapters_are_added(family_of, tmp_path):
     added = found[1] - found[0]
     assert added.pop("LoraAdd") == 4 * base.num_layers
     assert not found[0] - found[1]
+    sums = [node for node in graph.graph if node.op_type == "LoraAdd"]
+    assert all(node.inputs[0].shape == node.outputs[0].shape for node in sums)  # else they cannot be in place
     assert sum(added.values()) <= 6  # each token's adapter, computed once
 
 
