@@ -10,7 +10,7 @@ from llmopt.optimizer.contracts import QuantPass
 from llmopt.optimizer.decoder import Experts
 from llmopt.optimizer.errors import PassError
 from llmopt.optimizer.model import Model, QuantWeight
-from llmopt.optimizer.scheme import PRESETS, Scheme, SchemeOption
+from llmopt.optimizer.scheme import PRESETS, Scheme, SchemeOption, name_of
 
 __all__ = ["Override", "SchemeQuantPass"]
 
@@ -193,7 +193,7 @@ def _agree(layer: str, mlp: Experts, assigned: Mapping[str, Scheme]) -> None:
     """All experts of a layer are one tensor: their gates and ups have one scheme, and their downs have one."""
     parts = {"gate and up": mlp.inputs, "down": tuple(expert[2] for expert in mlp.experts)}
     for part, modules in parts.items():
-        names = {assigned[module].name if module in assigned else "none" for module in modules}
+        names = {name_of(assigned.get(module)) for module in modules}
         if len(names) > 1:
             raise PassError(
                 f"{layer}: {part} of its experts get different schemes: {', '.join(sorted(names))}",
