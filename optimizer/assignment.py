@@ -67,9 +67,9 @@ class SchemeQuantPass(QuantPass):
     )
     head: SchemeOption | Kept | None = Field(
         None,
-        description="The output head's scheme; none keeps it in float. Omitted: none under FP8, W8A8 when the scheme "
-        "quantizes activations to integers, else W8A16 with the scheme's group size. A tied embedding "
-        "shares the head's table.",
+        description="The output head's scheme; none keeps it in float. Omitted: none under FP8 and static scales of "
+        "inputs, W8A8 when the scheme rounds activations to integers with scales found per token, else W8A16 with the "
+        "scheme's group size. A tied embedding shares the head's table.",
     )
     embedding: SchemeOption | Kept = Field(
         "none",
@@ -176,7 +176,7 @@ class SchemeQuantPass(QuantPass):
     def _head(self) -> Scheme | Kept:
         if self.head is not None:
             return self.head
-        if self.scheme.weights.type == "float":
+        if self.scheme.weights.type == "float" or self.scheme.needs_input_scale:
             return "none"
         if self.scheme.input_activations is not None:
             return PRESETS["W8A8"]
