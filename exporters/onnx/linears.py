@@ -1,9 +1,13 @@
 """Linears, composites and vectors of a standard graph, each made once for all that read it."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import numpy as np
 import onnx_ir as ir
 
 from llmopt.exporters.onnx import composites
+from llmopt.exporters.onnx.adapter_inputs import adapter_inputs
 from llmopt.exporters.onnx.builder import GraphBuilder
 from llmopt.exporters.onnx.composites import DOMAIN
 from llmopt.exporters.onnx.weights import input_scale, linear_weight, reordered, table, vector
@@ -19,13 +23,16 @@ class Linears:
         builder: Of the graph.
         functions: The composites' functions that the nodes so far need, by name.
         made: Values that may be asked for again, by what makes them.
+        factors: Inputs of the graph that adapters give; see ``adapter_inputs.py``.
     """
 
-    def __init__(self, model: Model, builder: GraphBuilder) -> None:
+    def __init__(self, model: Model, builder: GraphBuilder, adapted: Mapping[str, bool] = MappingProxyType({})) -> None:
         self.builder = builder
         self.functions: dict[str, ir.Function] = {}
         self.made: dict[str, ir.Value] = {}
+        self.factors: list[ir.Value] = []
         self._model = model
+        self._adapted_modules = adapted
 
     def linear(self, module: str, x: ir.Value, *, order: np.ndarray | None = None) -> ir.Value:
         """``x`` times the module's weight, plus its bias; with ``order`` the outputs are in that order of rows."""
@@ -33,15 +40,15 @@ class Linears:
         bias = self._model.weights.get(f"{module}.bias")
         if order is not None:
             weight, bias = reordered(weight, order), None if bias is None else reordered(bias, order)
-        x = self._rotated_input(module, x)
+        x = read = self._rotated_input(module, x)
         if isinstance(weight, QuantWeight) and weight.has_group_index:
             x = self._by_group(module, x, weight)
         if isinstance(weight, QuantWeight) and weight.scheme.input_activations is not None:
             x = self.rounded(x, weight)
         y = self.builder.op("MatMul", x, linear_weight(self.builder, module, weight), name=f"{module}.output")
-        if bias is None:
-            return y
-        return self.builder.op("Add", y, vector(self.builder, f"{module}.bias", bias), name=f"{module}.biased")
+        if bias is not None:
+            y = self.builder.op("Add", y, vector(self.builder, f"{module}.bias", bias), name=f"{module}.biased")
+        return self._adapted(module, y, read)
 
     def rounded(self, x: ir.Value, weight: QuantWeight) -> ir.Value:
         """``x`` rounded as the weight's scheme says, once for all linears that read it rounded so."""
@@ -75,6 +82,18 @@ class Linears:
         """A node of a composite, whose function becomes part of the model."""
         self.functions.setdefault(function.name, function)
         return self.builder.op(function.name, *inputs, name=name, domain=DOMAIN, **attributes)
+
+    def _adapted(self, module: str, y: ir.Value, x: ir.Value) -> ir.Value:
+        """``y`` plus what an adapter adds for the inputs ``x``, where adapters change the module."""
+        if module not in self._adapted_modules:
+            return y
+        outputs, inputs = self._model.weights[f"{module}.weight"].shape
+        factors = adapter_inputs(module, inputs, outputs, biased=self._adapted_modules[module])
+        self.factors += factors
+        down, up, *bias = factors
+        added = self.builder.op("MatMul", self.builder.op("MatMul", x, down), up, name=f"{module}.lora")
+        y = self.builder.op("Add", y, added, name=f"{module}.adapted")
+        return self.builder.op("Add", y, *bias, name=f"{module}.adapted.biased") if bias else y
 
     def _rotated_input(self, module: str, x: ir.Value) -> ir.Value:
         """``x`` times the module's online rotation, where it has one."""

@@ -37,7 +37,13 @@ class Stage:
 
 
 def stages(
-    model: Model, target: Target, *, capacity: int, strict: bool = False, decoder: Decoder | None = None
+    model: Model,
+    target: Target,
+    *,
+    capacity: int,
+    strict: bool = False,
+    decoder: Decoder | None = None,
+    adapted: Mapping[str, bool] = MappingProxyType({}),
 ) -> Iterator[Stage]:
     """The standard graph, then the graph behind each of ``target``'s graph passes.
 
@@ -47,8 +53,9 @@ def stages(
         capacity: Positions the rope tables cover.
         strict: Whether a fallback is an error.
         decoder: What to compute with these weights; by default what the model's own config says.
+        adapted: See ``standard_graph``.
     """
-    graph = standard_graph(model, capacity=capacity, decoder=decoder)
+    graph = standard_graph(model, capacity=capacity, decoder=decoder, adapted=adapted)
     yield from passed(graph, target.graph_passes, options=target.options, strict=strict)
 
 
@@ -80,10 +87,16 @@ def passed(
 
 
 def lowered_graph(
-    model: Model, target: Target, *, capacity: int, strict: bool = False, decoder: Decoder | None = None
+    model: Model,
+    target: Target,
+    *,
+    capacity: int,
+    strict: bool = False,
+    decoder: Decoder | None = None,
+    adapted: Mapping[str, bool] = MappingProxyType({}),
 ) -> tuple[ir.Model, list[PassRecord]]:
     """The last of ``stages``: the graph ``target`` executes, with a record per graph pass."""
-    return finished(stages(model, target, capacity=capacity, strict=strict, decoder=decoder))
+    return finished(stages(model, target, capacity=capacity, strict=strict, decoder=decoder, adapted=adapted))
 
 
 def finished(steps: Iterator[Stage]) -> tuple[ir.Model, list[PassRecord]]:

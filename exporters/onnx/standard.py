@@ -1,5 +1,8 @@
 """The standard graph: a model as ai.onnx operators, Q/DQ and composites, before any target's lowering."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import numpy as np
 import onnx_ir as ir
 
@@ -17,15 +20,22 @@ __all__ = ["IR_VERSION", "standard_graph"]
 IR_VERSION = 11
 
 
-def standard_graph(model: Model, *, capacity: int, decoder: Decoder | None = None) -> ir.Model:
+def standard_graph(
+    model: Model,
+    *,
+    capacity: int,
+    decoder: Decoder | None = None,
+    adapted: Mapping[str, bool] = MappingProxyType({}),
+) -> ir.Model:
     """The engine contract's graph (docs/architecture.md) of a decoder-only model.
 
     Args:
         model: Its weights are read only when the graph is saved.
         capacity: Positions the rope tables cover.
         decoder: What to compute with these weights; by default what the model's own config says.
+        adapted: Linears with inputs for an adapter's factors, and whether for a bias too; see ``adapter_inputs.py``.
     """
-    return _Graph(model, decoder or model.decoder, capacity).build()
+    return _Graph(model, decoder or model.decoder, capacity, adapted).build()
 
 
 def _input(name: str, dtype: ir.DataType, *dims: int | str) -> ir.Value:
@@ -35,12 +45,12 @@ def _input(name: str, dtype: ir.DataType, *dims: int | str) -> ir.Value:
 class _Graph:
     """Builds the graph of one decoder-only model; a method per part."""
 
-    def __init__(self, model: Model, decoder: Decoder, capacity: int) -> None:
+    def __init__(self, model: Model, decoder: Decoder, capacity: int, adapted: Mapping[str, bool]) -> None:
         self.model = model
         self.decoder = decoder
         self.capacity = capacity
         self.builder = GraphBuilder()
-        self.parts = Linears(model, self.builder)
+        self.parts = Linears(model, self.builder, adapted)
         self.tables: list[tuple[Rope, ir.Value, ir.Value]] = []
         self.ids = _input("input_ids", ir.DataType.INT64, "batch", "tokens")
         self.lengths = _input("past_lengths", ir.DataType.INT64, "batch")
@@ -56,7 +66,13 @@ class _Graph:
             presents += present
         logits = self.parts.composite(composites.select_rows(), self._head(hidden), self.rows, name="logits")
         logits.type, logits.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(("rows", self.decoder.vocab_size))
-        inputs = [self.ids, self.lengths, self.rows, *(cache for pair in self.past for cache in pair)]
+        inputs = [
+            self.ids,
+            self.lengths,
+            self.rows,
+            *(cache for pair in self.past for cache in pair),
+            *self.parts.factors,
+        ]
         graph = ir.Graph(
             inputs,
             [logits, *presents],

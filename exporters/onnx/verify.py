@@ -6,8 +6,10 @@ spread. A single layer with embedding and head shows every mistake of a graph pa
 """
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -37,7 +39,9 @@ _WINDOW = 6
 """Tokens of a sliding window while it is verified: the calls have more, so that it is seen to slide."""
 
 
-def verify_lowering(model: Model, target: Target, *, level: Level, seed: int) -> dict[str, dict[str, float]]:
+def verify_lowering(
+    model: Model, target: Target, *, level: Level, seed: int, adapted: Mapping[str, bool] = MappingProxyType({})
+) -> dict[str, dict[str, float]]:
     """Compare the graphs before and after each graph pass, and the first with the last, on single layers.
 
     Args:
@@ -46,6 +50,7 @@ def verify_lowering(model: Model, target: Target, *, level: Level, seed: int) ->
         level: quick: the first, a middle and the last layer, and one of every other kind; full: every layer; none:
             nothing.
         seed: Of the token ids that are fed.
+        adapted: See ``standard_graph``; what adapters give is random.
 
     Returns:
         ``layers.{i}`` -> graph pass -> the relative difference of logits (a median over rows, and of the calls the
@@ -62,7 +67,7 @@ def verify_lowering(model: Model, target: Target, *, level: Level, seed: int) ->
     found = {}
     for i in chosen:
         with tempfile.TemporaryDirectory() as folder:
-            found[f"layers.{i}"] = _Layer(model, i, seed, Sessions(Path(folder)), target).verify()
+            found[f"layers.{i}"] = _Layer(model, i, seed, Sessions(Path(folder)), target, adapted).verify()
     return found
 
 
@@ -93,6 +98,7 @@ class _Layer:
     seed: int
     sessions: Sessions
     target: Target
+    adapted: Mapping[str, bool]
     decoder: Decoder = field(init=False)
 
     def __post_init__(self) -> None:
@@ -101,7 +107,7 @@ class _Layer:
     def verify(self) -> dict[str, float]:
         """The differences of ``verify_lowering``."""
         return compare_stages(
-            stages(self.model, self.target, capacity=CAPACITY, decoder=self.decoder),
+            stages(self.model, self.target, capacity=CAPACITY, decoder=self.decoder, adapted=self.adapted),
             self.sessions,
             layer=self.i,
             run=self._logits,
