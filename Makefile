@@ -12,13 +12,17 @@ export HF_HUB_DISABLE_PROGRESS_BARS := 1
 export TQDM_DISABLE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-env check fix docs dev bench clean
+.PHONY: help demo lora-demo test test-env check fix docs dev bench clean
 
 help:  ## List these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(MADE)  ## Build SmolLM2, ask it a question through the server, print accuracy and speed
 	$(BIN)/python -m llmopt.benchmarks.demo
+
+# DATA as for bench: what the adapter's training costs other text is measured on it too.
+lora-demo: $(MADE)  ## Train an adapter, merge it into float, int8 and int4 engines, compare them with PEFT's own model
+	$(BIN)/python -m llmopt.benchmarks.lora_demo $(if $(DATA),--data '$(DATA)')
 
 test: check test-env  ## What CI runs: check, then build the wheel and test what it installs
 	PYTHONSAFEPATH=1 LLMOPT_TEST_INSTALLED=1 $(TEST)/env/bin/python -m pytest -q

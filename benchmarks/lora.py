@@ -16,20 +16,25 @@ from pathlib import Path
 import numpy as np
 
 from llmopt.benchmarks.report import markdown, say
-from llmopt.exporters.onnx.exporter import Onnx
-from llmopt.exporters.onnx.lora import LoraOptions
+from llmopt.optimizer.build import build
 from llmopt.optimizer.cache import cache_root
-from llmopt.optimizer.contracts import PassContext
 from llmopt.optimizer.lora.adapter_file import ModuleFactors, write_adapter
 from llmopt.optimizer.manifest import Engine, LoraSlots
-from llmopt.optimizer.model import Model
-from llmopt.optimizer.sources import load_model
-from llmopt.passes.round_to_nearest import RoundToNearest
+from llmopt.optimizer.progress import Silent
+from llmopt.optimizer.recipe import Recipe
 from llmopt.runtime.backends.onnxruntime import OnnxRuntimeBackend, open_backend
 
 __all__ = ["Cost", "costs", "main"]
 
-_CAPACITY = 1024
+_RECIPE = """\
+version: 1
+model: {model}
+passes: {passes}
+export:
+  - onnx: {{target: cpu, capacity: 1024{lora}}}
+verify: none
+accept: [{{metric: kl, max: 100, windows: 1, tokens: 8}}]
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,13 +98,12 @@ def _seconds(
     return clock() - began
 
 
-def _engine(model: Model, directory: Path, options: LoraOptions | None) -> Engine:
-    context = PassContext(verify="none")
-    engine, _ = Onnx(lora=options, capacity=min(_CAPACITY, model.decoder.max_positions)).export(
-        model, directory, context
-    )
-    assert isinstance(engine, Engine)
-    return engine
+def _built(given: argparse.Namespace, folder: Path, lora: str) -> Engine:
+    """The model's engine in ``folder``, with or without adapters."""
+    passes = f"[round_to_nearest: {{scheme: {given.scheme}}}]" if given.scheme else "[]"
+    recipe = folder.with_suffix(".yaml")
+    recipe.write_text(_RECIPE.format(model=given.model, passes=passes, lora=lora), encoding="utf-8")
+    return build(Recipe.load(recipe), folder, cache=cache_root(), progress=Silent()).engines[0]
 
 
 def _fill(backend: OnnxRuntimeBackend, lora: LoraSlots, folder: Path, *, rank: int) -> None:
@@ -133,15 +137,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--cpu-time", action="store_true", help="instead of time: where others use the cores too; for one thread"
     )
     given = parser.parse_args(arguments)
-    model = load_model(given.model, cache=cache_root())
-    if given.scheme:
-        model = RoundToNearest(scheme=given.scheme).run(model, PassContext())
-    options = LoraOptions(
-        max_rank=max(given.rank, 32), slots=given.sequences, dtype=given.dtype, targets=given.targets or None
-    )
+    targets = f", targets: [{', '.join(given.targets)}]" if given.targets else ""
+    dtype = f", dtype: {given.dtype}" if given.dtype else ""
+    lora_text = f", lora: {{max_rank: {max(given.rank, 32)}, slots: {given.sequences}{dtype}{targets}}}"
     with tempfile.TemporaryDirectory() as name:
         folders = [Path(name, kind) for kind in ("base", "lora")]
-        engines = [_engine(model, folder, each) for folder, each in zip(folders, (None, options), strict=True)]
+        engines = [_built(given, folder, text) for folder, text in zip(folders, ("", lora_text), strict=True)]
         backends = [
             open_backend(folder, engine, slots=given.sequences, capacity=engine.capacity, threads=given.threads)
             for folder, engine in zip(folders, engines, strict=True)

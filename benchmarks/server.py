@@ -35,9 +35,10 @@ class Server:
     seconds_to_start: float
     process: int
 
-    def chat(self, question: str, *, max_tokens: int = 64) -> str:
-        """The greedy answer to one question."""
-        messages = [{"role": "user", "content": question}]
+    def chat(self, question: str, *, system: str | None = None, max_tokens: int = 64) -> str:
+        """The greedy answer to one question, behind a system prompt where one is given."""
+        messages = [] if system is None else [{"role": "system", "content": system}]
+        messages.append({"role": "user", "content": question})
         answer = self._post("/v1/chat/completions", {"messages": messages, "temperature": 0, "max_tokens": max_tokens})
         return str(answer["choices"][0]["message"]["content"])
 

@@ -34,12 +34,12 @@ class Part:
     Attributes:
         layer: Its number.
         modules: Their names.
-        schemes: Those that are tried.
+        schemes: Those that are tried; None leaves them in float, which costs nothing.
     """
 
     layer: int
     modules: tuple[str, ...]
-    schemes: tuple[Scheme, ...]
+    schemes: tuple[Scheme | None, ...]
 
 
 def shortened(tokens: Tokens, count: int) -> tuple[Tensor, Tensor]:
@@ -58,6 +58,7 @@ def sensitivities(
     parts: Sequence[Part],
     text: tuple[Tensor, Tensor],
     *,
+    maxima: Mapping[str, float] | None = None,
     threads: int | None = None,
     directory: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -72,6 +73,8 @@ def sensitivities(
             each part and scheme of one layer.
         parts: In the order of their layers.
         text: As ``shortened`` returns it.
+        maxima: The largest magnitude that enters each linear, which its scale covers under schemes with static ones.
+            Those of more text than ``text``, so that the scales are the ones that are stored in the end.
         threads: PyTorch threads; None keeps the process's number.
         directory: Where what has been measured is found again, in a file per layer.
         progress: Called with (finished, total) layers.
@@ -83,11 +86,11 @@ def sensitivities(
         PassError: The model's predictions are not finite.
     """
     ids, mask = text
+    roundings = [[_rounding(part, scheme, maxima or {}) for scheme in part.schemes] for part in parts]
     found = [_kept(directory, layer) for layer in range(model.num_layers)]
-    wanted = [
-        {_key(part, scheme): (part, scheme) for part in parts if part.layer == layer for scheme in part.schemes}
-        for layer in range(model.num_layers)
-    ]
+    wanted: list[dict[str, _Rounding]] = [{} for _ in found]
+    for part, tried in zip(parts, roundings, strict=True):
+        wanted[part.layer] |= {rounding.key: rounding for rounding in tried if rounding is not None}
     if any(each.keys() - known.keys() for each, known in zip(wanted, found, strict=True)):
         run = _Run(model, ids, mask, threads)
         for layer, each in enumerate(wanted):
@@ -96,7 +99,35 @@ def sensitivities(
             _keep(directory, layer, found[layer])
             run.advance()
             progress(layer + 1, model.num_layers)
-    return [[found[part.layer][_key(part, scheme)] for scheme in part.schemes] for part in parts]
+    return [
+        [0.0 if rounding is None else found[part.layer][rounding.key] for rounding in tried]
+        for part, tried in zip(parts, roundings, strict=True)
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Rounding:
+    """What is done to one part.
+
+    Attributes:
+        scheme: What it is rounded to.
+        largest: Its linears -> the magnitude that the scale of their inputs covers; None where none is stored.
+    """
+
+    scheme: Scheme
+    largest: Mapping[str, float | None]
+
+    @property
+    def key(self) -> str:
+        """Its name among what is kept."""
+        scheme = self.scheme.model_dump(mode="json")
+        return digest_of([list(self.largest), scheme, list(self.largest.values())])
+
+
+def _rounding(part: Part, scheme: Scheme | None, maxima: Mapping[str, float]) -> _Rounding | None:
+    if scheme is None:
+        return None
+    return _Rounding(scheme, {name: maxima[name] if scheme.needs_input_scale else None for name in part.modules})
 
 
 class _Run:
@@ -116,19 +147,24 @@ class _Run:
         self._entering = self._through([self._layer], [self._entering])[0]
         self._layer += 1
 
-    def changes(self, rounded: Mapping[str, tuple[Part, Scheme]]) -> dict[str, float]:
+    def changes(self, roundings: Mapping[str, _Rounding]) -> dict[str, float]:
         """The divergence that each rounding of the layer makes, by the same names."""
-        if not rounded:
+        if not roundings:
             return {}
-        texts = [self._rounded(part, scheme) for part, scheme in rounded.values()]
+        texts = [self._rounded(rounding) for rounding in roundings.values()]
         texts = self._through(range(self._layer + 1, self._model.num_layers), texts)
-        return dict(zip(rounded, self._divergences(texts), strict=True))
+        return dict(zip(roundings, self._divergences(texts), strict=True))
 
-    def _rounded(self, part: Part, scheme: Scheme) -> list[Tensor]:
-        """What leaves the layer while ``part`` is rounded."""
-        names = [self._model.weight_of(module) for module in part.modules]
-        exact: dict[str, Weight] = {name: self._model.weights[name] for name in names}
-        self._reference.update({name: round_weight(name, exact[name], scheme)[0] for name in names})
+    def _rounded(self, rounding: _Rounding) -> list[Tensor]:
+        """What leaves the layer under one rounding."""
+        exact: dict[str, Weight] = {}
+        rounded: dict[str, Weight] = {}
+        for module, largest in rounding.largest.items():
+            name = self._model.weight_of(module)
+            exact[name] = self._model.weights[name]
+            inputs = None if largest is None else torch.tensor(largest)
+            rounded[name], _ = round_weight(name, exact[name], rounding.scheme, inputs)
+        self._reference.update(rounded)
         left = self._through([self._layer], [self._entering])[0]
         self._reference.update(exact)
         return left
@@ -154,10 +190,6 @@ class _Run:
                 hint="the model overflows on the calibration text, or its weights are damaged",
             )
         return [max(0.0, mean) for mean in means]
-
-
-def _key(part: Part, scheme: Scheme) -> str:
-    return digest_of([list(part.modules), scheme.model_dump(mode="json")])
 
 
 def _kept(directory: Path | None, layer: int) -> dict[str, float]:

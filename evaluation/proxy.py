@@ -217,8 +217,9 @@ def _maxima(session: Any, engine: Engine | EncoderEngine, window: np.ndarray) ->
             **caches,
         }
         for name, value in zip(names, session.run(None, feeds), strict=True):
-            if name.startswith("present."):
-                caches[name.replace("present.", "past.", 1)] = value
+            past = name.replace("present.", "past.", 1)
+            if past in caches:
+                caches[past] = value
             else:
                 yield name, float(value)
 

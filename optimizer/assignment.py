@@ -10,7 +10,7 @@ from llmopt.optimizer.contracts import QuantPass
 from llmopt.optimizer.decoder import Experts
 from llmopt.optimizer.errors import PassError
 from llmopt.optimizer.model import Model, QuantWeight
-from llmopt.optimizer.scheme import PRESETS, Scheme, SchemeOption
+from llmopt.optimizer.scheme import PRESETS, Scheme, SchemeOption, name_of
 
 __all__ = ["Override", "SchemeQuantPass"]
 
@@ -67,9 +67,9 @@ class SchemeQuantPass(QuantPass):
     )
     head: SchemeOption | Kept | None = Field(
         None,
-        description="The output head's scheme; none keeps it in float. Omitted: none under FP8, W8A8 when the scheme "
-        "quantizes activations to integers, else W8A16 with the scheme's group size. A tied embedding "
-        "shares the head's table.",
+        description="The output head's scheme; none keeps it in float. Omitted: none under FP8 and static scales of "
+        "inputs, W8A8 when the scheme rounds activations to integers with scales found per token, else W8A16 with the "
+        "scheme's group size. A tied embedding shares the head's table.",
     )
     embedding: SchemeOption | Kept = Field(
         "none",
@@ -176,7 +176,7 @@ class SchemeQuantPass(QuantPass):
     def _head(self) -> Scheme | Kept:
         if self.head is not None:
             return self.head
-        if self.scheme.weights.type == "float":
+        if self.scheme.weights.type == "float" or self.scheme.needs_input_scale:
             return "none"
         if self.scheme.input_activations is not None:
             return PRESETS["W8A8"]
@@ -193,7 +193,7 @@ def _agree(layer: str, mlp: Experts, assigned: Mapping[str, Scheme]) -> None:
     """All experts of a layer are one tensor: their gates and ups have one scheme, and their downs have one."""
     parts = {"gate and up": mlp.inputs, "down": tuple(expert[2] for expert in mlp.experts)}
     for part, modules in parts.items():
-        names = {assigned[module].name if module in assigned else "none" for module in modules}
+        names = {name_of(assigned.get(module)) for module in modules}
         if len(names) > 1:
             raise PassError(
                 f"{layer}: {part} of its experts get different schemes: {', '.join(sorted(names))}",

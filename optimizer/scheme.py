@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
 
-__all__ = ["PRESETS", "QuantSpec", "Scheme", "SchemeOption", "preset"]
+__all__ = ["PRESETS", "QuantSpec", "Scheme", "SchemeOption", "name_of", "preset"]
 
 
 _E4M3_MAX = 448
@@ -146,6 +146,11 @@ PRESETS: dict[str, Scheme] = {
     ),
 }
 """compressed-tensors' presets of these names; it has none for 2 and 3 bits, nor for int8 inputs on static scales."""
+
+
+def name_of(scheme: Scheme | None) -> str:
+    """The scheme's name; none where there is no scheme, and a module stays in floating point."""
+    return "none" if scheme is None else scheme.name
 
 
 def preset(name: str) -> Scheme:

@@ -8,14 +8,20 @@ from torch import Tensor
 
 from llmopt.optimizer.errors import PassError
 from llmopt.optimizer.model import QuantWeight, Weight
-from llmopt.optimizer.rounding import grid, joined, quantize, quantize_on
+from llmopt.optimizer.rounding import grid, joined, quantize, quantize_on, with_input_scale
 from llmopt.optimizer.scheme import QuantSpec, Scheme
 
 __all__ = ["finite", "relative_error", "round_weight"]
 
 
-def round_weight(name: str, weight: Weight, scheme: Scheme) -> tuple[QuantWeight, float]:
+def round_weight(name: str, weight: Weight, scheme: Scheme, largest: Tensor | None = None) -> tuple[QuantWeight, float]:
     """The rounded weight and its relative error, made a few rows at a time: a table is never in memory as floats.
+
+    Args:
+        name: Of the weight.
+        weight: What is rounded.
+        scheme: To what.
+        largest: Magnitudes that its inputs reach, float32, any shape: a static scheme stores a scale that covers them.
 
     Raises:
         PassError: A value is not finite.
@@ -27,7 +33,10 @@ def round_weight(name: str, weight: Weight, scheme: Scheme) -> tuple[QuantWeight
         parts.append(quantize(block, scheme) if shared is None else quantize_on(block, *shared, scheme))
         lost = math.hypot(lost, _norm(parts[-1].dense() - block))
         total = math.hypot(total, _norm(block))
-    return QuantWeight.of(joined(parts, spec), scheme), lost / max(total, 1e-30)
+    tensors = joined(parts, spec)
+    if largest is not None:
+        tensors = with_input_scale(tensors, scheme, largest)
+    return QuantWeight.of(tensors, scheme), lost / max(total, 1e-30)
 
 
 def _finite_blocks(name: str, weight: Weight, spec: QuantSpec) -> Iterator[Tensor]:

@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 from llmopt.optimizer.model import Model
-from llmopt.optimizer.scheme import Scheme
+from llmopt.optimizer.scheme import Scheme, name_of
 from llmopt.passes._cost import checkpoint_bits, engine_bytes, other_engine_bytes
 from llmopt.passes._linear_times import linear_milliseconds
 
@@ -101,7 +101,7 @@ class Costs:
             return checkpoint_bits(shape, scheme)
         if self._budget.kind == "bytes":
             return engine_bytes(shape, scheme)
-        key = shape, "none" if scheme is None else scheme.name
+        key = shape, name_of(scheme)
         if key not in self._times:
             self._times[key] = linear_milliseconds(shape, scheme, threads=self._threads)
         return self._times[key]

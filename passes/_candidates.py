@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, RootModel, model_validator
 
 from llmopt.optimizer import loader
-from llmopt.optimizer.assignment import GroupSize, SchemeQuantPass
+from llmopt.optimizer.assignment import GroupSize, Kept, SchemeQuantPass
 from llmopt.optimizer.errors import InputError
 from llmopt.optimizer.recipe_errors import validated
 from llmopt.optimizer.recipe_text import Document, Place
@@ -19,24 +19,34 @@ _OURS = ("scheme", "group_size", "head", "experts", "overrides")
 
 
 class Candidate(BaseModel):
-    """A scheme that modules may get."""
+    """A scheme that modules may get, or none."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    scheme: SchemeOption = Field(description="A preset's name, or weights and input_activations spelled out.")
+    scheme: SchemeOption | Kept = Field(
+        description="A preset's name, or weights and input_activations spelled out; none leaves modules in float."
+    )
     group_size: GroupSize | None = Field(None, description="Input columns per scale; -1: one scale per output channel.")
 
     @property
-    def sized(self) -> Scheme:
-        """With the group size."""
+    def sized(self) -> Scheme | None:
+        """With the group size; None leaves modules in float."""
+        if self.scheme == "none":
+            return None
         return self.scheme if self.group_size is None else self.scheme.with_group_size(self.group_size)
 
+    @property
+    def suits_experts(self) -> bool:
+        """Whether it leaves inputs in float: experts have no kernels that round them."""
+        return self.scheme == "none" or self.scheme.input_activations is None
+
     @model_validator(mode="after")
-    def _can_be_measured(self) -> "Candidate":
-        if self.scheme.input_activations is not None and self.group_size not in (None, -1):
+    def _group_size_fits(self) -> "Candidate":
+        if self.scheme == "none":
+            if self.group_size is not None:
+                raise ValueError("group_size does not go with none, which leaves modules in float")
+        elif self.scheme.input_activations is not None and self.group_size not in (None, -1):
             raise ValueError("group_size does not go with quantized activations")
-        if self.scheme.needs_input_scale:
-            raise ValueError("its scales of inputs are fixed by a quantizer; auto_bits compares dynamic ones only")
         return self
 
 

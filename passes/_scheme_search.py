@@ -8,7 +8,7 @@ from llmopt.calibration.sensitivity import Part
 from llmopt.optimizer.decoder import Experts, Layer
 from llmopt.optimizer.errors import PassError
 from llmopt.optimizer.model import Model
-from llmopt.optimizer.scheme import Scheme
+from llmopt.optimizer.scheme import Scheme, name_of
 from llmopt.passes._budget import Budget, Costs
 from llmopt.passes._knapsack import choose
 
@@ -18,16 +18,18 @@ _ROWS = 9
 """Budgets in the table, from the smallest possible to the largest that changes anything."""
 
 
-def parts_of(model: Model, schemes: tuple[Scheme, ...], fixed: Collection[str], *, by_linear: bool) -> list[Part]:
+def parts_of(
+    model: Model, schemes: tuple[Scheme | None, ...], fixed: Collection[str], *, by_linear: bool
+) -> list[Part]:
     """The linears of the layers that get one scheme each, in data order.
 
     Args:
         model: The model.
-        schemes: To choose from. Experts get those that leave activations in float.
+        schemes: To choose from; None stays in float. Experts get those that leave activations in float.
         fixed: Linears that are left out.
         by_linear: Whether each linear is a part, but for experts; else those that read the same input.
     """
-    weight_only = tuple(scheme for scheme in schemes if scheme.input_activations is None)
+    weight_only = tuple(scheme for scheme in schemes if scheme is None or scheme.input_activations is None)
     parts = []
     for index, layer in enumerate(model.decoder.layers):
         for modules, is_mixture in _together(layer, by_linear=by_linear):
@@ -49,7 +51,7 @@ def _together(layer: Layer, *, by_linear: bool) -> list[tuple[tuple[str, ...], b
 def by_part(parts: Sequence[Part], losses: Sequence[Sequence[float]]) -> dict[str, dict[str, float]]:
     """Sensitivities in nats per token: the name of a part, which is that of its linears, -> scheme -> value."""
     return {
-        _name(part): {scheme.name: loss for scheme, loss in zip(part.schemes, each, strict=True)}
+        _name(part): {name_of(scheme): loss for scheme, loss in zip(part.schemes, each, strict=True)}
         for part, each in zip(parts, losses, strict=True)
     }
 
@@ -90,16 +92,16 @@ class SchemeSearch:
                 hint="raise the budget, or add a candidate with fewer bits or larger groups",
             )
 
-    def choose(self, losses: Sequence[Sequence[float]]) -> list[Scheme]:
+    def choose(self, losses: Sequence[Sequence[float]]) -> list[Scheme | None]:
         """The scheme of each part."""
         return self._chosen(losses, self.costs.limit)
 
-    def loss(self, chosen: Sequence[Scheme], losses: Sequence[Sequence[float]]) -> float:
+    def loss(self, chosen: Sequence[Scheme | None], losses: Sequence[Sequence[float]]) -> float:
         """The predicted divergence: the sum of the parts' own, in nats per token."""
         rows = zip(self._parts, chosen, losses, strict=True)
         return sum(each[part.schemes.index(scheme)] for part, scheme, each in rows)
 
-    def table(self, losses: Sequence[Sequence[float]], chosen: Sequence[Scheme]) -> list[dict[str, Any]]:
+    def table(self, losses: Sequence[Sequence[float]], chosen: Sequence[Scheme | None]) -> list[dict[str, Any]]:
         """A row for each of several budgets, and for the one that was given, in the order of what they spend."""
         least, most = sum(map(min, self._each)), sum(map(max, self._each))
         limits = [self._fixed + least + (most - least) * number / (_ROWS - 1) for number in range(_ROWS)]
@@ -109,7 +111,7 @@ class SchemeSearch:
         rows = [row for row in rows if row != own] + [{**own, "chosen": True}]
         return sorted(rows, key=lambda row: row[self._budget.kind])
 
-    def lines(self, losses: Sequence[Sequence[float]], chosen: Sequence[Scheme]) -> list[str]:
+    def lines(self, losses: Sequence[Sequence[float]], chosen: Sequence[Scheme | None]) -> list[str]:
         """The table for people."""
         return [
             f"{self._budget.words(row[self._budget.kind])}: predicted KL {row['kl']:.4g}; "
@@ -118,18 +120,18 @@ class SchemeSearch:
             for row in self.table(losses, chosen)
         ]
 
-    def _chosen(self, losses: Sequence[Sequence[float]], limit: float) -> list[Scheme]:
+    def _chosen(self, losses: Sequence[Sequence[float]], limit: float) -> list[Scheme | None]:
         # A table's own limit may be a rounding below what it is the sum of.
         spare = max(limit - self._fixed, sum(map(min, self._each)))
         picks = choose(self._each, losses, spare)
         return [part.schemes[pick] for part, pick in zip(self._parts, picks, strict=True)]
 
-    def _row(self, losses: Sequence[Sequence[float]], chosen: Sequence[Scheme]) -> dict[str, Any]:
+    def _row(self, losses: Sequence[Sequence[float]], chosen: Sequence[Scheme | None]) -> dict[str, Any]:
         rows = zip(self._parts, chosen, self._each, strict=True)
         spent = self._fixed + sum(each[part.schemes.index(scheme)] for part, scheme, each in rows)
         counts: Counter[str] = Counter()
         for part, scheme in zip(self._parts, chosen, strict=True):
-            counts[scheme.name] += len(part.modules)
+            counts[name_of(scheme)] += len(part.modules)
         total = sum(counts.values())
         return {
             self._budget.kind: self.costs.shown(spent),

@@ -122,9 +122,8 @@ class _Linears:
         name, scheme, options = self._model.weight_of(module), self._assigned[module], self._options
         if order is None:
             self._context.fallback(f"no calibration token activates {module}: it is rounded to nearest")
-            rounded, error = round_weight(name, self._model.weights[name], scheme)
-            tensors = with_input_scale(rounded.load(), scheme, moments.largest)
-            return QuantWeight.of(tensors, scheme), {"errors": error}
+            rounded, error = round_weight(name, self._model.weights[name], scheme, moments.largest)
+            return rounded, {"errors": error}
         weight = goal = finite(name, self._model.weights[name].dense())
         if moments.cross is not None:
             share = options.error_propagation

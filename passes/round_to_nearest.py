@@ -7,8 +7,7 @@ import torch
 from llmopt.calibration.input_maxima import input_maxima
 from llmopt.optimizer.assignment import SchemeQuantPass
 from llmopt.optimizer.contracts import PassContext
-from llmopt.optimizer.model import Model, QuantWeight, Weight
-from llmopt.optimizer.rounding import with_input_scale
+from llmopt.optimizer.model import Model, Weight
 from llmopt.optimizer.weight_rounding import round_weight
 
 __all__ = ["RoundToNearest"]
@@ -38,10 +37,8 @@ class RoundToNearest(SchemeQuantPass):
         errors: dict[str, float] = {}
         for done, (module, scheme) in enumerate(assigned.items(), start=1):
             name = model.weight_of(module)
-            rounded, errors[module] = round_weight(name, model.weights[name], scheme)
-            if module in maxima:
-                tensors = with_input_scale(rounded.load(), scheme, torch.tensor(maxima[module]))
-                rounded = QuantWeight.of(tensors, scheme)
+            largest = torch.tensor(maxima[module]) if module in maxima else None
+            rounded, errors[module] = round_weight(name, model.weights[name], scheme, largest)
             changed |= context.keep({name: rounded})
             context.progress(done, len(assigned))
         context.detail("errors", errors)

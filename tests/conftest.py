@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from llmopt.optimizer.cache import cache_root
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from llmopt.optimizer.model import Model
 
 MACHINE_CACHE = cache_root()
@@ -219,7 +221,10 @@ def encoder_name(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
-def encoder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def encoder_of(
+    tmp_path_factory: pytest.TempPathFactory,
+    encoder_traces: dict[str, bytes],
+) -> Callable[..., Path]:
     """Saves a tiny random encoder, once per session for equal arguments; tests must not change it."""
 
     @cache
@@ -227,6 +232,30 @@ def encoder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return save_encoder(tmp_path_factory.mktemp("encoder"), name, **changes)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def encoder_traces() -> Iterator[dict[str, bytes]]:
+    """What torch traced of encoders, by what that depends on: each takes seconds, and tests ask for few different ones.
+
+    A test that has to see a trace made anew empties it.
+    """
+    from llmopt.exporters.onnx import encoder_skeleton
+
+    trace, traces = encoder_skeleton._traced, {}
+
+    def traced(*key: Any) -> "ir.Model":
+        import onnx
+        import onnx_ir
+
+        name = json.dumps(key, default=repr, sort_keys=True)
+        if name not in traces:
+            traces[name] = onnx_ir.to_proto(trace(*key)).SerializeToString()
+        return onnx_ir.from_proto(onnx.ModelProto.FromString(traces[name]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoder_skeleton, "_traced", traced)
+        yield traces
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from llmopt.exporters.onnx.adapter_inputs import is_adapter_input
 from llmopt.optimizer.decoder import Decoder
 
 __all__ = ["CALLS", "CAPACITY", "Call", "run_calls"]
@@ -58,7 +59,7 @@ def run_calls(
     generator = np.random.default_rng(seed)
     shape = (1, decoder.kv_heads, CAPACITY, decoder.head_dim)
     kinds = {value.name: value.type for value in session.get_inputs()}
-    adapters = _random_adapters(session, generator)
+    adapters, factors = _random_adapters(session, generator), _random_factors(session, generator)
     caches = [np.zeros(shape, _CACHE_TYPES[kinds["past.0.key"]])] * 2
     results = []
     for call in CALLS:
@@ -71,6 +72,7 @@ def run_calls(
             "past.0.key": caches[0],
             "past.0.value": caches[1],
             **adapters,
+            **factors,
         }
         if adapters:
             feeds["adapters"] = np.arange(1, batch + 1) % (len(adapters["lora.ranks"]) + 1)
@@ -78,6 +80,16 @@ def run_calls(
         caches = [key, value]
         results.append(dict(zip(names, outputs, strict=True)))
     return results
+
+
+def _random_factors(session: Any, generator: np.random.Generator) -> dict[str, np.ndarray]:
+    """An adapter of rank 4 that changes the linears' results about as much as their weights make them."""
+    found = {}
+    for value in session.get_inputs():
+        if is_adapter_input(value.name):
+            shape = [size if isinstance(size, int) else 4 for size in value.shape]
+            found[value.name] = generator.standard_normal(shape, np.float32) * np.float32(0.1)
+    return found
 
 
 def _random_adapters(session: Any, generator: np.random.Generator) -> dict[str, np.ndarray]:

@@ -8,7 +8,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -35,14 +35,21 @@ def encoder_skeleton(model: Model, layer: int | None = None) -> ir.Model:
         model: Of its weights only the names matter.
         layer: The number of the only one to keep; None keeps all.
     """
+    names = ["input_ids", "attention_mask", *(["token_type_ids"] if model.encoder.has_token_types else [])]
+    stem = model.encoder.layers[0].name.rpartition(".")[0]
+    return _traced(model.config, model.pooling, names, stem, layer)
+
+
+def _traced(
+    config: Mapping[str, Any], pooling: Pooling, names: Sequence[str], stem: str, layer: int | None
+) -> ir.Model:
+    """The graph as far as it depends on these: seconds of work, which tests do once for equal ones."""
     _register_attention()
-    network: Any = encoder_module(model.config, attention=_ATTENTION)
+    network: Any = encoder_module(config, attention=_ATTENTION)
     _name_parts(network)
     if layer is not None:
-        stem = model.encoder.layers[0].name.rpartition(".")[0]
         network.set_submodule(stem, nn.ModuleList([network.get_submodule(stem)[layer]]))
-    names = ["input_ids", "attention_mask", *(["token_type_ids"] if model.encoder.has_token_types else [])]
-    graph = _exported(_Pooled(network, model.pooling, names), names)
+    graph = _exported(_Pooled(network, pooling, names), names)
     graph.producer_name = "llmopt"
     graph.producer_version = None
     return graph

@@ -10,12 +10,19 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import onnx_ir as ir
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from llmopt.exporters.onnx.batch_invariance import batch_dependent
 from llmopt.exporters.onnx.encoder_engine import export_encoder
 from llmopt.exporters.onnx.engine_files import save_graph, tensor_info, vnni_feature
 from llmopt.exporters.onnx.genai import with_genai_interface, write_genai_files
+from llmopt.exporters.onnx.genai_adapters import (
+    GenaiAdapter,
+    adapted_modules,
+    check_adapters,
+    read_adapters,
+    write_adapters,
+)
 from llmopt.exporters.onnx.lora import LoraOptions, lora_slots
 from llmopt.exporters.onnx.lowering import lowered_graph
 from llmopt.exporters.onnx.rope import check_rope, longest_with, rope_note
@@ -61,6 +68,10 @@ class Onnx(Exporter):
         description="The longest sequence in tokens; omitted: the model's max_position_embeddings.",
     )
 
+    adapters: tuple[GenaiAdapter, ...] = Field(
+        (),
+        description="LoRA adapters that onnxruntime-genai loads beside the graph, in flavor genai.",
+    )
     lora: LoraOptions | None = Field(
         None,
         description="Adapters that are added later and chosen per sequence (docs/lora.md); omitted: none can be.",
@@ -76,6 +87,14 @@ class Onnx(Exporter):
         description="Whether an encoder's vectors are divided by their length; omitted: as these files say, no where "
         "there are none.",
     )
+
+    @field_validator("adapters")
+    @classmethod
+    def _names_differ(cls, value: tuple[GenaiAdapter, ...]) -> tuple[GenaiAdapter, ...]:
+        names = [each.name for each in value]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"two adapters have the name {twice[0]}")
+        return value
 
     @property
     def folder(self) -> str:
@@ -107,6 +126,7 @@ class Onnx(Exporter):
 
         Raises:
             UnsupportedError: An activation, rope type, width of heads or capacity that this exporter has no graph for.
+            InputError: An adapter is for another model.
             MissingExtraError: onnxruntime, which verifies and measures the engine, is not installed.
         """
         if importlib.util.find_spec("onnxruntime") is None:
@@ -120,7 +140,13 @@ class Onnx(Exporter):
             longest = self._pooled(model).encoder.max_positions
         else:
             self._check_decoder(model.decoder)
+            check_adapters(self.adapters, model)
             longest = self._longest(model.decoder)
+        if self.adapters and self.flavor != "genai":
+            raise UnsupportedError(
+                f"adapters are files for onnxruntime-genai, and the flavor is {self.flavor}",
+                hint="set flavor: genai, or merge one with the pass merge_lora",
+            )
         if self.capacity is not None and self.capacity > longest:
             raise UnsupportedError(
                 f"capacity {self.capacity} is beyond the model's {longest} positions", hint="lower it or leave it out"
@@ -226,16 +252,24 @@ class Onnx(Exporter):
                 context.note(note)
         if self.target == "cpu" and self.kernels is None and self.flavor == "llmopt" and not self._own_kernels:
             context.note("kernels: onnxruntime, because llmopt was installed without a C++ compiler")
+        adapters = read_adapters(self.adapters, model)
+        adapted = adapted_modules(adapters)
         if self.lora is not None and not self._own_kernels:
             context.note("lora: without llmopt's kernels each sequence is multiplied with the factors of all adapters")
-        differences = verify_lowering(model, target, level=context.verify, seed=context.seed, lora=self.lora)
-        graph, records = lowered_graph(model, target, capacity=capacity, strict=context.strict, lora=self.lora)
+        differences = verify_lowering(
+            model, target, level=context.verify, seed=context.seed, adapted=adapted, lora=self.lora
+        )
+        graph, records = lowered_graph(
+            model, target, capacity=capacity, strict=context.strict, adapted=adapted, lora=self.lora
+        )
         options = {"level": context.verify}
         records.append(PassRecord(name="verify_lowering", options=options, changed=False, details=differences))
         folder = directory / self.folder
         if self.flavor == "genai":
             save_graph(with_genai_interface(graph), folder, context)
             write_genai_files(model, folder, capacity=capacity)
+            if self.adapters:
+                records.append(write_adapters(adapters, self.adapters, model, folder))
             return Checkpoint(path=self.folder, format="genai", dtype="float32", notes=_genai_notes(model)), records
         save_graph(graph, folder, context)
         if self.lora is not None:

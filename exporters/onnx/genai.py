@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from llmopt.exporters.onnx.adapter_inputs import with_defaults
 from llmopt.exporters.onnx.builder import GraphBuilder
 from llmopt.optimizer.decoder import Decoder
 from llmopt.optimizer.hf_config import read_json
@@ -53,6 +54,7 @@ def with_genai_interface(graph: ir.Model) -> ir.Model:
         graph.graph.inputs.remove(values[name])
     graph.graph.inputs.insert(1, mask)
     values[_IDS].shape = ir.Shape(("batch_size", "sequence_length"))
+    with_defaults(graph.graph)
     _rename_caches(graph.graph)
     _declare_logits(graph.graph)
     return graph

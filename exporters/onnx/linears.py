@@ -1,11 +1,14 @@
 """Linears, composites and vectors of a standard graph, each made once for all that read it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import onnx_ir as ir
 
 from llmopt.exporters.onnx import composites
+from llmopt.exporters.onnx.adapter_inputs import adapter_inputs
 from llmopt.exporters.onnx.builder import GraphBuilder
 from llmopt.exporters.onnx.composites import DOMAIN
 from llmopt.exporters.onnx.weights import input_scale, linear_weight, reordered, table, vector
@@ -43,14 +46,23 @@ class Linears:
         builder: Of the graph.
         functions: The composites' functions that the nodes so far need, by name.
         made: Values that may be asked for again, by what makes them.
+        factors: Inputs of the graph that adapters give; see ``adapter_inputs.py``.
     """
 
-    def __init__(self, model: Model, builder: GraphBuilder, lora: Lora | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        builder: GraphBuilder,
+        adapted: Mapping[str, bool] = MappingProxyType({}),
+        lora: Lora | None = None,
+    ) -> None:
         self.builder = builder
         self.functions: dict[str, ir.Function] = {}
         self.made: dict[str, ir.Value] = {}
+        self.factors: list[ir.Value] = []
         self._model = model
         self._lora = lora
+        self._adapted_modules = adapted
 
     def linear(self, module: str, x: ir.Value, *, order: np.ndarray | None = None) -> ir.Value:
         """``x`` times the module's weight, plus its bias; with ``order`` the outputs are in that order of rows."""
@@ -102,7 +114,9 @@ class Linears:
         return self.builder.op(function.name, *inputs, name=name, domain=DOMAIN, **attributes)
 
     def _adapted(self, module: str, y: ir.Value, x: ir.Value) -> ir.Value:
-        """``y`` with the changes of each row's adapter, where the module takes any."""
+        """``y`` plus what an adapter adds for the inputs ``x``, where adapters change the module."""
+        if module in self._adapted_modules:
+            return self._with_inputs(module, y, x)
         numbers = {} if self._lora is None else self._lora.numbers
         if self._lora is None or module not in numbers:
             return y
@@ -116,6 +130,16 @@ class Linears:
         )  # fmt: skip
         added.type, added.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(("batch", "tokens", entry.outputs))
         return added
+
+    def _with_inputs(self, module: str, y: ir.Value, x: ir.Value) -> ir.Value:
+        """The same with an input of the graph for each factor."""
+        outputs, inputs = self._model.weights[f"{module}.weight"].shape
+        factors = adapter_inputs(module, inputs, outputs, biased=self._adapted_modules[module])
+        self.factors += factors
+        down, up, *bias = factors
+        added = self.builder.op("MatMul", self.builder.op("MatMul", x, down), up, name=f"{module}.lora")
+        y = self.builder.op("Add", y, added, name=f"{module}.adapted")
+        return self.builder.op("Add", y, *bias, name=f"{module}.adapted.biased") if bias else y
 
     def _rotated_input(self, module: str, x: ir.Value) -> ir.Value:
         """``x`` times the module's online rotation, where it has one."""

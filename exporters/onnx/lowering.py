@@ -44,6 +44,7 @@ def stages(
     capacity: int,
     strict: bool = False,
     decoder: Decoder | None = None,
+    adapted: Mapping[str, bool] = MappingProxyType({}),
     lora: LoraOptions | None = None,
 ) -> Iterator[Stage]:
     """The standard graph, then the graph behind each of ``target``'s graph passes.
@@ -54,9 +55,10 @@ def stages(
         capacity: Positions the rope tables cover.
         strict: Whether a fallback is an error.
         decoder: What to compute with these weights; by default what the model's own config says.
+        adapted: See ``standard_graph``.
         lora: Which linears take adapters.
     """
-    graph = standard_graph(model, capacity=capacity, decoder=decoder, lora=lora)
+    graph = standard_graph(model, capacity=capacity, decoder=decoder, adapted=adapted, lora=lora)
     yield from passed(graph, target.graph_passes, options=target.options, strict=strict)
 
 
@@ -94,10 +96,12 @@ def lowered_graph(
     capacity: int,
     strict: bool = False,
     decoder: Decoder | None = None,
+    adapted: Mapping[str, bool] = MappingProxyType({}),
     lora: LoraOptions | None = None,
 ) -> tuple[ir.Model, list[PassRecord]]:
     """The last of ``stages``: the graph ``target`` executes, with a record per graph pass."""
-    return finished(stages(model, target, capacity=capacity, strict=strict, decoder=decoder, lora=lora))
+    steps = stages(model, target, capacity=capacity, strict=strict, decoder=decoder, adapted=adapted, lora=lora)
+    return finished(steps)
 
 
 def finished(steps: Iterator[Stage]) -> tuple[ir.Model, list[PassRecord]]:

@@ -1,5 +1,8 @@
 """The standard graph: a model as ai.onnx operators, Q/DQ and composites, before any target's lowering."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import numpy as np
 import onnx_ir as ir
 
@@ -19,7 +22,12 @@ IR_VERSION = 11
 
 
 def standard_graph(
-    model: Model, *, capacity: int, decoder: Decoder | None = None, lora: LoraOptions | None = None
+    model: Model,
+    *,
+    capacity: int,
+    decoder: Decoder | None = None,
+    adapted: Mapping[str, bool] = MappingProxyType({}),
+    lora: LoraOptions | None = None,
 ) -> ir.Model:
     """The engine contract's graph (docs/architecture.md) of a decoder-only model.
 
@@ -27,9 +35,10 @@ def standard_graph(
         model: Its weights are read only when the graph is saved.
         capacity: Positions the rope tables cover.
         decoder: What to compute with these weights; by default what the model's own config says.
-        lora: Which linears take adapters; none of them by default.
+        adapted: Linears with inputs for an adapter's factors, and whether for a bias too; see ``adapter_inputs.py``.
+        lora: Which linears take the adapter that each sequence chooses; none of them by default.
     """
-    return _Graph(model, decoder or model.decoder, capacity, lora).build()
+    return _Graph(model, decoder or model.decoder, capacity, adapted, lora).build()
 
 
 def _input(name: str, dtype: ir.DataType, *dims: int | str) -> ir.Value:
@@ -39,7 +48,14 @@ def _input(name: str, dtype: ir.DataType, *dims: int | str) -> ir.Value:
 class _Graph:
     """Builds the graph of one decoder-only model; a method per part."""
 
-    def __init__(self, model: Model, decoder: Decoder, capacity: int, lora: LoraOptions | None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        decoder: Decoder,
+        capacity: int,
+        adapted: Mapping[str, bool],
+        lora: LoraOptions | None,
+    ) -> None:
         self.model = model
         self.decoder = decoder
         self.capacity = capacity
@@ -50,7 +66,7 @@ class _Graph:
         self.rows = _input("logit_rows", ir.DataType.INT64, "rows")
         self.past = [self._cache("past", i) for i in range(len(decoder.layers))]
         self.adapters: list[ir.Value] = []
-        self.parts = Linears(model, self.builder, None if lora is None else self._lora(lora))
+        self.parts = Linears(model, self.builder, adapted, None if lora is None else self._lora(lora))
 
     def build(self) -> ir.Model:
         builder = self.builder
@@ -62,7 +78,7 @@ class _Graph:
         logits = self.parts.composite(composites.select_rows(), self._head(hidden), self.rows, name="logits")
         logits.type, logits.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(("rows", self.decoder.vocab_size))
         caches = (cache for pair in self.past for cache in pair)
-        inputs = [self.ids, self.lengths, self.rows, *self.adapters, *caches]
+        inputs = [self.ids, self.lengths, self.rows, *self.adapters, *caches, *self.parts.factors]
         graph = ir.Graph(
             inputs,
             [logits, *presents],

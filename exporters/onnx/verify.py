@@ -6,8 +6,10 @@ spread. A single layer with embedding and head shows every mistake of a graph pa
 """
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -39,7 +41,13 @@ _WINDOW = 6
 
 
 def verify_lowering(
-    model: Model, target: Target, *, level: Level, seed: int, lora: LoraOptions | None = None
+    model: Model,
+    target: Target,
+    *,
+    level: Level,
+    seed: int,
+    adapted: Mapping[str, bool] = MappingProxyType({}),
+    lora: LoraOptions | None = None,
 ) -> dict[str, dict[str, float]]:
     """Compare the graphs before and after each graph pass, and the first with the last, on single layers.
 
@@ -49,6 +57,7 @@ def verify_lowering(
         level: quick: the first, a middle and the last layer, and one of every other kind; full: every layer; none:
             nothing.
         seed: Of the token ids that are fed.
+        adapted: See ``standard_graph``; what adapters give is random.
         lora: Which linears take adapters; those that are fed are random.
 
     Returns:
@@ -68,7 +77,7 @@ def verify_lowering(
     found = {}
     for i in chosen:
         with tempfile.TemporaryDirectory() as folder:
-            found[f"layers.{i}"] = _Layer(model, i, seed, Sessions(Path(folder)), target, lora).verify()
+            found[f"layers.{i}"] = _Layer(model, i, seed, Sessions(Path(folder)), target, adapted, lora).verify()
     return found
 
 
@@ -99,6 +108,7 @@ class _Layer:
     seed: int
     sessions: Sessions
     target: Target
+    adapted: Mapping[str, bool]
     lora: LoraOptions | None
     decoder: Decoder = field(init=False)
 
@@ -108,7 +118,14 @@ class _Layer:
     def verify(self) -> dict[str, float]:
         """The differences of ``verify_lowering``."""
         return compare_stages(
-            stages(self.model, self.target, capacity=CAPACITY, decoder=self.decoder, lora=self.lora),
+            stages(
+                self.model,
+                self.target,
+                capacity=CAPACITY,
+                decoder=self.decoder,
+                adapted=self.adapted,
+                lora=self.lora,
+            ),
             self.sessions,
             layer=self.i,
             run=self._logits,

@@ -9,7 +9,10 @@ __all__ = ["command"]
 
 @click.group()
 def command() -> None:
-    """Add LoRA adapters to a build whose recipe has lora: among the options of onnx, list them, or remove one."""
+    """Add LoRA adapters to a build that takes them, list them, or remove one.
+
+    A build takes adapters where its recipe has lora: among the options of onnx.
+    """
 
 
 @command.command("add")

@@ -11,6 +11,7 @@ from llmopt.optimizer.errors import InputError, UnsupportedError
 from llmopt.optimizer.model import DenseWeight, QuantTensors, QuantWeight
 from llmopt.optimizer.scheme import PRESETS
 from llmopt.optimizer.sources import load_model
+from llmopt.optimizer.weight_rounding import round_weight
 
 IDS = torch.arange(3 * 17).reshape(3, 17) % 101
 # Sums of some hundred float32 terms in another order differ by a few of their last bits.
@@ -258,6 +259,21 @@ def test_an_updated_layer_computes_as_a_model_that_had_these_weights_from_the_st
     assert torch.equal(found, expected)
     assert not torch.allclose(found, before, **CLOSE)
     assert torch.equal(reference.logits(IDS), Reference(model.with_weights(first | rest)).logits(IDS))
+
+
+@pytest.mark.parametrize("scheme", ["W8A8", "W8A8_STATIC", "FP8", "FP8_DYNAMIC", "FP8_BLOCK"])
+def test_inputs_are_rounded_in_bfloat16_too(scheme, pair_of):
+    model, _ = pair_of()
+    name = "model.layers.2.mlp.down_proj.weight"
+    rounded, _ = round_weight(name, model.weights[name], PRESETS[scheme], torch.tensor(8.0))
+    exact, found = (
+        Reference(model.with_weights({name: rounded}), dtype=dtype).logits(IDS)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    plain, in_bfloat16 = (Reference(model, dtype=dtype).logits(IDS) for dtype in (torch.float32, torch.bfloat16))
+    assert found.dtype == torch.bfloat16
+    # What bfloat16 loses without any quantization; inputs beside a border of two steps add to it.
+    assert (found - exact).norm() < 1.5 * (in_bfloat16 - plain).norm()
 
 
 def test_experts_with_quantized_inputs_are_refused(loaded):

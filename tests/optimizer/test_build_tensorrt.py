@@ -73,6 +73,16 @@ def test_the_largest_activation_of_every_layer_is_recorded(fp16):
     assert all(0 < value < 100 for value in record.details.values())
 
 
+def test_the_largest_activations_are_those_of_all_chunks_of_a_window(fp16, place):
+    manifest = Manifest.load(built(place, "chunks", options="max_chunk: 8"))
+    whole, chunked = (
+        next(each for each in found.graph_passes["tensorrt/model.onnx"] if each.name == "largest_activations")
+        for found in (Manifest.load(fp16), manifest)
+    )
+    # Rounded to four digits; sums in another order.
+    assert chunked.details == pytest.approx(whole.details, rel=1e-3)
+
+
 def test_bfloat16_is_measured_in_float32_and_says_so(place):
     manifest = Manifest.load(built(place, "bf16", options="precision: bf16"))
     assert manifest.verdict.proxy.endswith("in float32, for want of kernels for bfloat16")

@@ -4,7 +4,7 @@ import pydantic
 import pytest
 import torch
 
-from llmopt.optimizer.scheme import PRESETS, QuantSpec, Scheme, SchemeOption, preset
+from llmopt.optimizer.scheme import PRESETS, QuantSpec, Scheme, SchemeOption, name_of, preset
 
 OPTION = pydantic.TypeAdapter(SchemeOption)
 
@@ -72,6 +72,11 @@ def test_scales_have_a_shape(name, shape):
 @pytest.mark.parametrize("name", PRESETS)
 def test_only_static_inputs_need_a_stored_scale(name):
     assert PRESETS[name].needs_input_scale == (name in ("FP8", "W8A8_STATIC"))
+
+
+def test_what_stays_in_float_is_called_as_in_a_recipe():
+    assert name_of(None) == "none"
+    assert name_of(PRESETS["W4A16"].with_group_size(32)) == "W4A16 g32"
 
 
 def test_unknown_keys_and_values_are_refused():

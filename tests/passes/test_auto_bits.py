@@ -11,10 +11,10 @@ from llmopt.calibration.divergence import kl_divergence
 from llmopt.calibration.reference import Reference
 from llmopt.optimizer.contracts import PassContext
 from llmopt.optimizer.errors import PassError
-from llmopt.optimizer.model import QuantWeight
+from llmopt.optimizer.model import DenseWeight, QuantWeight
 from llmopt.optimizer.sources import load_model
 from llmopt.optimizer.tokens import Tokens
-from llmopt.passes import _budget
+from llmopt.passes import _budget, auto_bits
 from llmopt.passes._cost import checkpoint_bits, engine_bytes, other_engine_bytes
 from llmopt.passes.auto_bits import AutoBits
 from llmopt.passes.gptq import Gptq
@@ -166,11 +166,81 @@ def test_another_budget_measures_nothing_again(model, recorded, tmp_path: Path, 
     AutoBits(budget={"bits": 6}, candidates=CANDIDATES[1:], method="gptq").run(model, context)
 
 
+def with_outliers(model, layer: int):
+    """The same function, with one column of what enters a down projection 300 times as large as it was."""
+    up, down = (f"model.layers.{layer}.mlp.{name}_proj.weight" for name in ("up", "down"))
+    larger, smaller = model.weights[up].load().clone(), model.weights[down].load().clone()
+    larger[5] *= 300
+    smaller[:, 5] /= 300
+    return model.with_weights({up: DenseWeight.of(larger), down: DenseWeight.of(smaller)})
+
+
+@pytest.mark.parametrize("candidates", [["W8A8_STATIC", "none"], ["none", "W8A8_STATIC"]])
+@pytest.mark.parametrize("method", ["round_to_nearest", "gptq"])
+def test_what_static_scales_damage_most_stays_in_float(model, recorded, method, candidates) -> None:
+    model = with_outliers(model, 1)
+    options = AutoBits(budget={"bits": 9.5}, candidates=candidates, method=method)
+    options.requires(model)
+    found = options.run(model, recorded[0])
+    names = schemes_of(found)
+    assert names["model.layers.1.mlp.down_proj"] == "none"
+    assert set(names.values()) == {"W8A8_STATIC", "none"}
+    assert bits_of(found) <= 9.5
+    (chosen,) = [row for row in recorded[1]["pareto"] if row.get("chosen")]
+    assert chosen["shares"]["none"] == list(names.values()).count("none") / len(names)
+    assert found.weights[found.weight_of("lm_head")].scheme.name == "W8A8"
+    assert recorded[1]["pareto"][-1] == {"bits": 16, "kl": 0, "shares": {"none": 1}}
+
+
+def test_static_scales_of_inputs_are_those_of_the_whole_text(model, recorded) -> None:
+    module = "model.layers.1.mlp.up_proj"
+    AutoBits(
+        budget={"bits": 16}, candidates=["W8A8_STATIC", "none"], method=METHOD, group="linear", tokens=24, head="none"
+    ).run(model, recorded[0])
+    overrides = [{"match": module, "scheme": "W8A8_STATIC"}, {"match": "re:.*", "scheme": "none"}]
+    one = RoundToNearest(scheme="W8A16", overrides=overrides).run(model, recorded[0])
+    source, quantized = (Reference(each).logits(IDS[:1])[0] for each in (model, one))
+    expected = float(kl_divergence(source, quantized).mean())
+    # An input on the border of two integers may round either way when the batch is another.
+    assert recorded[1]["sensitivities"][module]["W8A8_STATIC"] == pytest.approx(expected, rel=2e-2)
+    assert recorded[1]["sensitivities"][module]["none"] == 0
+
+
+def test_inputs_are_looked_at_once_and_only_for_static_scales(model, recorded, monkeypatch) -> None:
+    looked: list[list[str]] = []
+    honest = auto_bits.input_maxima
+    monkeypatch.setattr(
+        auto_bits,
+        "input_maxima",
+        lambda model, tokens, names, **how: looked.append(names) or honest(model, tokens, names, **how),
+    )
+    overrides = [{"match": "re:.*down_proj", "scheme": "none"}]
+    options = {"method": METHOD, "overrides": overrides}
+    AutoBits(budget={"bits": 10}, candidates=["W8A16", "W8A8"], **options).run(model, recorded[0])
+    assert looked == []
+    AutoBits(budget={"bits": 10.5}, candidates=["W8A8_STATIC", "FP8", "none"], **options).run(model, recorded[0])
+    assert looked == [[name for name in model.linears()[:-1] if "down_proj" not in name]]
+
+
+@pytest.mark.parametrize("method", ["round_to_nearest", "gptq"])
+def test_a_budget_for_everything_in_float_leaves_it_there(model, recorded, method) -> None:
+    options = AutoBits(budget={"bits": 16}, candidates=["W8A8_STATIC", "none"], method=method, head="none")
+    assert set(schemes_of(options.run(model, recorded[0])).values()) == {"none"}
+
+
+def test_experts_stay_in_float_where_only_that_leaves_their_inputs(family_of, tmp_path: Path) -> None:
+    model = load_model(str(family_of("mixtral")), cache=tmp_path)
+    options = AutoBits(budget={"bits": 16}, candidates=["W8A8_STATIC", "none"], method=METHOD)
+    options.requires(model)
+    possible = options.possible(model)
+    assert {possible[module] for module in model.decoder.expert_linears} == {("candidates.1",)}
+    assert possible["model.layers.0.self_attn.q_proj"] == ("candidates.0", "candidates.1")
+
+
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "phi3", "falcon", "opt"])
 def test_other_families(name, family_of, tmp_path: Path, recorded) -> None:
     model = load_model(str(family_of(name)), cache=tmp_path)
-    candidates = ["W8A8", "W8A16", {"scheme": "W4A16", "group_size": 16}]
-    context = recorded[0]
+    candidates = ["W8A8", "W8A8_STATIC", "W8A16", {"scheme": "W4A16", "group_size": 16}, "none"]
     ids = Tokens(name="it", ids=IDS % 100, digest="0")
     context = PassContext(calibration=lambda: ids)
     options = AutoBits(budget={"bits": 7}, candidates=candidates, method=METHOD)
@@ -192,7 +262,9 @@ def test_other_families(name, family_of, tmp_path: Path, recorded) -> None:
         ({"candidates": ["W8A16"]}, "at least 2"),
         ({"candidates": ["W8A16", "W8A16"]}, "W8A16 is given twice"),
         ({"candidates": ["W8A16", "W5A16"]}, "unknown scheme 'W5A16'"),
-        ({"candidates": ["W8A16", "FP8"]}, "scales of inputs are fixed"),
+        ({"candidates": ["W8A16", "none", "none"]}, "none is given twice"),
+        ({"candidates": ["none", "none"]}, "none is given twice"),
+        ({"candidates": ["W8A16", {"scheme": "none", "group_size": 32}]}, "group_size does not go with none"),
         ({"candidates": ["W8A16", {"scheme": "W8A8", "group_size": 32}]}, "does not go with quantized activations"),
         ({"method": "gtpq"}, "no pass named 'gtpq'; did you mean 'gptq'"),
         ({"method": "rotate"}, "rotate is no pass that quantizes by schemes"),

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from llmopt.calibration.reference import Reference
-from llmopt.evaluation.proxy import measurable
+from llmopt.calibration.texts import read_tokens
+from llmopt.evaluation.measure import measure
+from llmopt.evaluation.proxy import check_range, measurable
 from llmopt.exporters.tensorrt.exporter import TensorRT
 from llmopt.optimizer.contracts import PassContext
 from llmopt.optimizer.manifest import Engine
@@ -18,6 +20,7 @@ from llmopt.passes.round_to_nearest import RoundToNearest
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
 
+SENTENCES = Path(__file__).parents[2] / "recipes/texts/sentences.txt"
 CAPACITY = 32
 TEXT = Tokens("random", torch.randint(3, 90, (4, 12), generator=torch.Generator().manual_seed(0)), "0" * 64)
 
@@ -66,9 +69,12 @@ ROUNDED = 0.3
 """Accepted where inputs are rounded: in 16 bits many round the other way than in the reference's float32."""
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
-@pytest.mark.parametrize("options", SCHEMES.values(), ids=SCHEMES)
-def test_every_scheme_is_compiled(options, precision, llama_of, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [*((name, "fp16") for name in SCHEMES), *((name, "bf16") for name in ("W8A8_STATIC", "FP8", "W4A16 channel"))],
+)
+def test_every_scheme_is_compiled(name, precision, llama_of, tmp_path):
+    options = SCHEMES[name]
     context = PassContext(calibration=lambda: TEXT)
     model = load_model(str(llama_of()), cache=tmp_path / "cache")
     model = RoundToNearest(**options).run(model, context)
@@ -78,3 +84,25 @@ def test_every_scheme_is_compiled(options, precision, llama_of, tmp_path):
     assert (tmp_path / engine.compiled["sm89"]).stat().st_size > 10_000
     rounds = RoundToNearest(**options).scheme.input_activations is not None
     assert np.median(errors(model, tmp_path, engine)) < (ROUNDED if rounds else 0.03)
+
+
+@pytest.mark.real_model
+def test_a_real_model_predicts_the_same_in_float16(smollm2, tmp_path):
+    text = read_tokens(SENTENCES, smollm2.source.tokenizer_dir, windows=2, tokens=256)
+    directory, exporter = tmp_path, TensorRT(targets=["sm89"], capacity=256, max_chunk=256)
+    engine, records = exporter.export(smollm2, directory, PassContext(verify="none"))
+
+    found = {
+        each.metric: each.value
+        for each in measure(smollm2, measurable(directory, engine, longest=256, threads=2).open, [text], threads=2)
+    }
+    range_record = check_range(
+        directory, engine, [text], layers=[layer.name for layer in smollm2.decoder.layers], threads=2
+    )
+
+    assert found["top1"] > 0.995
+    assert found["kl"] < 1e-4
+    weights = (directory / "tensorrt/model.onnx.data").stat().st_size
+    assert 1 < (directory / engine.compiled["sm89"]).stat().st_size / weights < 1.1
+    assert records[-1].details["network"] == {"products": 211, "quantized": 0, "caches in place": 60}
+    assert 10_000 < max(range_record.details.values()) < 32_752  # attention sinks
