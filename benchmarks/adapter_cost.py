@@ -1,6 +1,6 @@
 """What adapters cost an engine: without any in use, and with one for each sequence of a batch.
 
-``python -m llmopt.benchmarks.lora --model SPEC`` lowers a model twice, with ``lora`` and without, and runs both engines
+``python -m llmopt.benchmarks.adapter_cost --model SPEC`` lowers a model twice, with ``lora`` and without, and runs both engines
 by turns in one process, because this kind of machine changes its speed from minute to minute. Adapters are random; what
 they cost does not depend on their numbers.
 """
@@ -31,7 +31,7 @@ version: 1
 model: {model}
 passes: {passes}
 export:
-  - onnx: {{target: cpu, capacity: 1024{lora}}}
+  - onnx: {{target: cpu{lora}}}
 verify: none
 accept: [{{metric: kl, max: 100, windows: 1, tokens: 8}}]
 """
@@ -144,7 +144,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         folders = [Path(name, kind) for kind in ("base", "lora")]
         engines = [_built(given, folder, text) for folder, text in zip(folders, ("", lora_text), strict=True)]
         backends = [
-            open_backend(folder, engine, slots=given.sequences, capacity=engine.capacity, threads=given.threads)
+            open_backend(
+                folder, engine, slots=given.sequences, capacity=min(1024, engine.capacity), threads=given.threads
+            )
             for folder, engine in zip(folders, engines, strict=True)
         ]
         lora = engines[1].lora

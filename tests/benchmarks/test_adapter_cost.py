@@ -1,6 +1,6 @@
 """What adapters cost is measured by one command."""
 
-from llmopt.benchmarks.lora import main
+from llmopt.benchmarks.adapter_cost import main
 
 
 def test_the_cost_of_adapters_is_a_table(tiny_llama, capsys):
