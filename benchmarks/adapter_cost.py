@@ -1,8 +1,8 @@
 """What adapters cost an engine: without any in use, and with one for each sequence of a batch.
 
-``python -m llmopt.benchmarks.adapter_cost --model SPEC`` lowers a model twice, with ``lora`` and without, and runs both engines
-by turns in one process, because this kind of machine changes its speed from minute to minute. Adapters are random; what
-they cost does not depend on their numbers.
+``python -m llmopt.benchmarks.adapter_cost --model SPEC`` builds a model twice, with ``lora`` and without, and runs both
+engines by turns in one process, because this kind of machine changes its speed from minute to minute. Adapters are
+random; what they cost does not depend on their numbers.
 """
 
 import argparse
