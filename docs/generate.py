@@ -9,7 +9,7 @@ import importlib
 import inspect
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +42,19 @@ def command_table() -> str:
 
 
 def command_help() -> str:
-    """The help text of every command."""
+    """The help text of every command, and of what is below it."""
     parent = click.Context(cli, info_name="llmopt")
-    sections = []
-    for name in cli.list_commands(parent):
-        context = click.Context(command_of(name), info_name=name, parent=parent, terminal_width=WIDTH)
-        sections.append(f"## llmopt {name}\n\n```text\n{context.get_help().rstrip()}\n```")
-    return "\n\n".join(sections)
+    return "\n\n".join(
+        section for name in cli.list_commands(parent) for section in _help_of(command_of(name), name, parent)
+    )
+
+
+def _help_of(command: click.Command, name: str, parent: click.Context) -> Iterator[str]:
+    context = click.Context(command, info_name=name, parent=parent, terminal_width=WIDTH)
+    yield f"## {context.command_path}\n\n```text\n{context.get_help().rstrip()}\n```"
+    if isinstance(command, click.Group):
+        for below, each in command.commands.items():
+            yield from _help_of(each, below, context)
 
 
 def recipe_keys() -> str:

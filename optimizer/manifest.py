@@ -14,6 +14,7 @@ from llmopt.optimizer.errors import InputError, VerificationError
 from llmopt.optimizer.pooling import PoolingMode
 
 __all__ = [
+    "LORA_FEATURE",
     "MANIFEST_NAME",
     "SCHEMA",
     "CalibrationEntry",
@@ -23,6 +24,8 @@ __all__ = [
     "FileEntry",
     "GateResult",
     "Layer",
+    "LoraModule",
+    "LoraSlots",
     "Manifest",
     "Measurement",
     "PassRecord",
@@ -35,6 +38,9 @@ __all__ = [
 MANIFEST_NAME = "manifest.json"
 SCHEMA = 1
 
+LORA_FEATURE = "lora"
+"""The feature of an engine whose sequences choose among adapters."""
+
 
 class _Entry(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -46,6 +52,35 @@ class TensorInfo(_Entry):
     name: str
     dtype: str
     dims: list[int | str]
+
+
+class LoraModule(_Entry):
+    """A linear that adapters may change; where its factors lie in an adapter's, in float32 numbers.
+
+    ``down`` is ``[max_rank, inputs]``, ``up`` ``[max_rank, outputs]``, and behind it lies a bias ``[outputs]`` where
+    the linear is ``biased``.
+    """
+
+    name: str
+    inputs: int
+    outputs: int
+    down: int
+    up: int
+    biased: bool = Field(False, description="Whether adapters need a bias here, since a norm's bias was folded in.")
+
+
+class LoraSlots(_Entry):
+    """Which adapters an engine takes: the feature ``lora``."""
+
+    max_rank: int
+    slots: int = Field(description="Adapters in memory at the same time; 1 to slots, and 0 is none.")
+    modules: list[LoraModule]
+
+    @property
+    def size(self) -> int:
+        """Numbers of an adapter in memory, most of which a smaller rank leaves out."""
+        last = self.modules[-1]
+        return last.up + (self.max_rank + last.biased) * last.outputs
 
 
 class Engine(_Entry):
@@ -70,6 +105,7 @@ class Engine(_Entry):
         True, description="Whether a row's results are the same bits whatever else is in its batch."
     )
     features: list[str] = []
+    lora: LoraSlots | None = Field(None, description="Null where adapters cannot be added.")
     compiled: dict[str, str] = Field(
         {},
         description="What was compiled from the graph in path, by GPU, as sm89: files relative to the build directory.",

@@ -38,6 +38,12 @@ class Target:
         """The same with llmopt's own kernels at the end of the lowering of decoders."""
         return replace(self, graph_passes=(*self.graph_passes, "use_kernels"))
 
+    def with_adapters(self) -> "Target":
+        """The same, with kernels, for engines that take adapters."""
+        passes = list(self.with_kernels().graph_passes)
+        passes.insert(passes.index("inline_composites"), "lower_lora")
+        return replace(self, graph_passes=tuple(passes))
+
     def in_precision(self, dtype: str) -> "Target":
         """The same computing in ``float16``, ``bfloat16`` or, for comparing, ``float32``."""
         if dtype == "float32":

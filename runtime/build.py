@@ -10,6 +10,7 @@ from llmopt.optimizer.manifest import MANIFEST_NAME, Manifest, sha256_of
 from llmopt.optimizer.tokenizer_config import read_object
 from llmopt.runtime.backends.base import Backend
 from llmopt.runtime.backends.opening import Executor, free_memory, open_backend, pick_engine, slot_capacity
+from llmopt.runtime.catalogue import Catalogue
 from llmopt.runtime.sizing import Sizes, choose_sizes
 from llmopt.runtime.structured.grammar import Grammars
 from llmopt.runtime.text import Tokenizer
@@ -40,6 +41,7 @@ class Build:
         fingerprint: The first digits of the manifest's sha256: equal for equal builds.
         sizes: Of its slot pool.
         grammars: What compiles constraints for its tokenizer.
+        adapters: What requests may choose among.
     """
 
     directory: Path
@@ -49,6 +51,7 @@ class Build:
     fingerprint: str
     sizes: Sizes
     grammars: Grammars
+    adapters: Catalogue
 
 
 def open_build(
@@ -101,7 +104,8 @@ def open_build(
     logger.info("the engine is %s for %s; %s", engine.exporter, engine.target, sizes)
     fingerprint = "fp_" + sha256_of(directory / MANIFEST_NAME)[:16]
     grammars = Grammars(tokenizer, engine.vocab_size)
-    return Build(directory, manifest, backend, tokenizer, fingerprint, sizes, grammars)
+    adapters = Catalogue(directory, engine.lora)
+    return Build(directory, manifest, backend, tokenizer, fingerprint, sizes, grammars, adapters)
 
 
 def default_threads() -> int:

@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from llmopt.optimizer.errors import LlmoptError
+from llmopt.optimizer.errors import InputError, LlmoptError
+from llmopt.optimizer.lora.adapter_file import AdapterFile
 from llmopt.runtime.backends.base import Backend
 from llmopt.runtime.policy import Policy
 from llmopt.runtime.request import Event, FinishReason, Request
@@ -123,6 +124,11 @@ class Engine:
         with self._books:
             self._check_room(len(requests), sum(request.size for request in requests))
 
+    def uses(self, adapter: AdapterFile) -> bool:
+        """Whether an unfinished request has this adapter; any thread may ask."""
+        with self._books:
+            return any(request.adapter == adapter for request in self._unfinished)
+
     def submit(self, request: Request) -> None:
         """Queue a request; any thread may call this.
 
@@ -132,6 +138,8 @@ class Engine:
             QueueFullError: Too much is unfinished.
         """
         request.check(self.backend.capacity, self.backend.engine.vocab_size)
+        if request.adapter is not None and self.backend.adapters is None:
+            raise InputError("the engine takes no adapters", hint="build it with lora: {}")
         with self._books:
             if self._is_closed:
                 raise EngineClosedError("the engine has stopped")

@@ -2,7 +2,7 @@
 
 import queue
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias
@@ -41,6 +41,7 @@ class Options:
         stop: Texts that end an answer.
         ignore_eos: Whether tokens that end a generation are taken like any other.
         constraint: What answers have to obey.
+        adapter: The name of the build's adapter that answers; the model as it is when None.
     """
 
     max_tokens: int | None = 256
@@ -49,6 +50,7 @@ class Options:
     stop: Sequence[str] = ()
     ignore_eos: bool = False
     constraint: Constraint | None = None
+    adapter: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,16 +150,25 @@ class LLM:
         self.engine.stop()
         self.build.grammars.close()
 
-    def generate(self, prompts: Iterable[Prompt], options: Options | None = None) -> list[Answer]:
+    def generate(
+        self, prompts: Iterable[Prompt], options: Options | None = None, *, adapter: str | None = None
+    ) -> list[Answer]:
         """Answer prompts, all in one batch that is always as full as it can be.
+
+        Args:
+            prompts: Read as they are needed.
+            options: For all of them.
+            adapter: In place of that of the options.
 
         Returns:
             One answer per prompt, in their order. A prompt whose run failed has ``finish`` "error".
 
         Raises:
-            InputError: A prompt is empty, does not fit, or has tokens that the model does not know; nothing is lost but
-                the answers of this call.
+            InputError: A prompt is empty, does not fit, or has tokens that the model does not know, or there is no such
+                adapter; nothing is lost but the answers of this call.
         """
+        if adapter is not None:
+            options = replace(options or Options(), adapter=adapter)
         answers: dict[int, Answer] = {
             piece.index: piece.answer for piece in self.stream(prompts, options) if piece.answer is not None
         }
@@ -193,7 +204,8 @@ class LLM:
         )
         guide = None if options.constraint is None else build.grammars.compile(options.constraint)
         text = TextStream(build.tokenizer, stop=options.stop, context=ids if is_continued else ())
-        request = Request(np.array(ids, np.int64), generation, text=text, guide=guide)
+        adapter = None if options.adapter is None else build.adapters.find(options.adapter)
+        request = Request(np.array(ids, np.int64), generation, text=text, guide=guide, adapter=adapter)
         request.check(build.backend.capacity, build.backend.engine.vocab_size)
         return request
 

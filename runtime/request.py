@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llmopt.optimizer.errors import InputError
+from llmopt.optimizer.lora.adapter_file import AdapterFile
 from llmopt.runtime.backends.base import IntArray
 from llmopt.runtime.sampler import Row, Sampling, TokenLogprob
 from llmopt.runtime.text import TextStream
@@ -111,6 +112,7 @@ class Request:
             request may set it until then.
         sender: Whose it is.
         guide: What the answer has to obey; this request's alone. ``min_tokens`` yields to it.
+        adapter: Whose changes of the model answer it; the model as it is when omitted.
     """
 
     def __init__(
@@ -122,6 +124,7 @@ class Request:
         receive: Callable[[Event], None] = _nobody,
         sender: Sender | None = None,
         guide: Guide | None = None,
+        adapter: AdapterFile | None = None,
     ) -> None:
         self.prompt = np.ascontiguousarray(prompt, np.int64)
         self.generation = generation
@@ -129,6 +132,7 @@ class Request:
         self.receive = receive
         self.sender = sender or Sender()
         self.guide = guide
+        self.adapter = adapter
         self.arrival = time.monotonic()
         self.cached_tokens = 0
         """Tokens of the prompt that were copied from other sequences; known before the first event."""

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from llmopt.optimizer.errors import InputError
+from llmopt.optimizer.errors import InputError, VerificationError
+from llmopt.optimizer.lora.adapter_file import AdapterFile
 from llmopt.runtime.backends.base import Backend, ExecutionError, FloatArray
 from llmopt.runtime.policy import Policy
 from llmopt.runtime.request import Event, FinishReason, Request
@@ -59,6 +60,7 @@ class Runner:
             max_chunk=described.max_chunk,
             min_chunk=described.min_chunk,
             shares=policy.shares_prefixes,
+            adapters=0 if described.lora is None else described.lora.slots,
         )
         self._scheduler: Scheduler[Request] = Scheduler(limits)
         self.pace = Pace(policy.target, min(max(_LEAST_PACE, limits.least_budget), limits.max_chunk), limits.max_chunk)
@@ -67,6 +69,7 @@ class Runner:
         self._timed: set[Request] = set()
         self._events: list[Event] = []
         self._lost: set[int] = set()
+        self._unreadable: dict[AdapterFile, str] = {}
 
     @property
     def has_work(self) -> bool:
@@ -84,7 +87,9 @@ class Runner:
             tenant=request.sender.tenant,
             priority=request.sender.priority,
             arrival=int(request.arrival * 1000),
-            namespace=request.sender.cache_salt,
+            # Keys and values are those of the model with the adapter: nobody else may begin with them.
+            namespace=(request.sender.cache_salt, None if request.adapter is None else request.adapter.entry.sha256),
+            adapter=request.adapter,
             is_scored=is_scored,
             max_chunk=_SCORING_CHUNK if is_scored else None,
         )
@@ -134,6 +139,7 @@ class Runner:
     def _count(self) -> None:
         statistics, scheduler = self.statistics, self._scheduler
         statistics.waiting, statistics.running = scheduler.waiting, len(scheduler.running)
+        statistics.adapters_in_use = scheduler.adapters.in_use
         statistics.held_tokens = sum(held.length for held in scheduler.pool.active)
 
     def _expire(self) -> None:
@@ -156,6 +162,8 @@ class Runner:
         is_sound = finish != "error"
         written = request.written if request.output and not self._policy.is_exact else None
         self._copy(self._scheduler.remove(request, keep=is_sound, written=written))
+        if request.adapter in self._unreadable and self._scheduler.forget_adapter(request.adapter):
+            del self._unreadable[request.adapter]  # the next one that asks for it tries again
         slot = len(self._scheduler.running)
         if slot < self._backend.slots and not self._scheduler.pool.is_kept(slot):
             self._backend.drop(slot)
@@ -167,6 +175,8 @@ class Runner:
     def _read(self, chunk: Chunk[Request]) -> None:
         """Write one chunk, and choose the first token where it completes the prompt."""
         request, end = chunk.request, chunk.start + chunk.length
+        if chunk.load is not None and request.adapter is not None:
+            self._load(request.adapter, chunk.load.slot)
         if self._lost & {copy.source for copy in chunk.copies}:
             self._fail([request], "the request whose prompt this one shares failed", slot=chunk.slot)
             return
@@ -174,11 +184,15 @@ class Runner:
         request.cached_tokens += chunk.cached
         if chunk.slot in self._lost:
             return
+        if request.adapter in self._unreadable:
+            self._fail([request], self._unreadable[request.adapter], slot=chunk.slot)
+            return
         top = request.generation.prompt_logprobs
         first = 0 if top is not None else chunk.length - 1 if chunk.completes else chunk.length
         began = time.perf_counter()
         try:
             rows = np.arange(first, chunk.length)
+            self._choose_adapters([chunk.adapter])
             logits = self._backend.prefill(chunk.slot, request.prompt[chunk.start : end], chunk.start, rows)
         except ExecutionError as error:
             self._fail([request], str(error), slot=chunk.slot)
@@ -191,12 +205,28 @@ class Runner:
             request.prompt_logprobs += score(logits[: len(following)], following, top)
         if not chunk.completes:
             return
+        if request.adapter is not None:
+            self.statistics.adapter_requests[request.adapter.name] += 1
         self.statistics.prompt_tokens += len(request.prompt)
         self.statistics.cached_tokens += request.cached_tokens
         if request.generation.max_tokens == 0:
             self._events.append(Event(request, finish="length"))
         else:
             self._choose([request], logits[-1:])
+
+    def _load(self, adapter: AdapterFile, slot: int) -> None:
+        """Read an adapter into memory; where that fails, the requests that need it will."""
+        assert self._backend.adapters is not None
+        self.statistics.adapter_loads += 1
+        try:
+            self._backend.adapters.load(slot, adapter)
+        except VerificationError as error:
+            self._unreadable[adapter] = error.message
+
+    def _choose_adapters(self, slots: Sequence[int]) -> None:
+        """Say whose changes the next call's sequences have."""
+        if self._backend.adapters is not None:
+            self._backend.adapters.choose(slots)
 
     def _go_on(self, step: Step[Request]) -> None:
         """Let the running requests go on, each by a token, or by what was guessed right and one more."""
@@ -207,6 +237,7 @@ class Runner:
             return
         ids = np.array([request.output[-1] for request in step.decoding], np.int64)
         began = time.perf_counter()
+        self._choose_adapters(step.adapters)
         try:
             logits = self._backend.decode(ids, np.array(step.lengths, np.int64))
         except ExecutionError as error:
@@ -238,6 +269,7 @@ class Runner:
             return False
         before = self.statistics.generated_tokens
         for slot, (request, length) in enumerate(zip(step.decoding, step.lengths, strict=True)):
+            self._choose_adapters(step.adapters[slot : slot + 1])
             self._verify(request, slot, length, guesses[slot])
         seconds = time.perf_counter() - began
         self.statistics.decode_seconds += seconds

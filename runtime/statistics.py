@@ -24,6 +24,9 @@ class Statistics:
         step_seconds: Of whole steps; what is not in the two above is the runtime's own work.
         drafted_tokens: That were guessed.
         accepted_tokens: Of these, those that were right.
+        adapters_in_use: Adapters that running requests have now.
+        adapter_loads: How often an adapter was read into memory.
+        adapter_requests: Requests that began with an adapter, by its name.
     """
 
     waiting: int = 0
@@ -39,3 +42,6 @@ class Statistics:
     step_seconds: float = 0.0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    adapters_in_use: int = 0
+    adapter_loads: int = 0
+    adapter_requests: Counter[str] = field(default_factory=Counter)

@@ -36,10 +36,24 @@ def batch_dependent(model: ir.Model) -> list[str]:
         elif node.domain == "com.microsoft":
             reason = None if node.op_type in _INVARIANT else "its kernel was not measured"
         else:
-            reason = "its kernel may sum rows together" if node.op_type in _MIXING else None
+            reason = "its kernel may sum rows together" if node.op_type in _MIXING else _second_operand(node)
         if reason is not None:
             found.append(f"{node.op_type} {node.name or node.outputs[0].name}: {reason}")
     return found
+
+
+def _second_operand(node: ir.Node) -> str | None:
+    """Why a product depends on the number of rows, if its second operand is no weight: one row has another kernel."""
+    if node.op_type != "MatMul" or all(_is_constant(value) for value in node.inputs[1:]):
+        return None
+    return "its second operand is computed"
+
+
+def _is_constant(value: ir.Value | None) -> bool:
+    if value is None or value.is_initializer():
+        return True
+    node = value.producer()
+    return node is not None and all(_is_constant(each) for each in node.inputs)
 
 
 def _blocks(node: ir.Node) -> str | None:

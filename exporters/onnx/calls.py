@@ -59,7 +59,7 @@ def run_calls(
     generator = np.random.default_rng(seed)
     shape = (1, decoder.kv_heads, CAPACITY, decoder.head_dim)
     kinds = {value.name: value.type for value in session.get_inputs()}
-    factors = _random_factors(session, generator)
+    adapters, factors = _random_adapters(session, generator), _random_factors(session, generator)
     caches = [np.zeros(shape, _CACHE_TYPES[kinds["past.0.key"]])] * 2
     results = []
     for call in CALLS:
@@ -71,16 +71,31 @@ def run_calls(
             "logit_rows": np.array(call.rows or range(batch * call.tokens)),
             "past.0.key": caches[0],
             "past.0.value": caches[1],
+            **adapters,
             **factors,
         }
+        if adapters:
+            feeds["adapters"] = np.arange(1, batch + 1) % (len(adapters["lora.ranks"]) + 1)
         *outputs, key, value = session.run([*names, "present.0.key", "present.0.value"], feeds)
         caches = [key, value]
         results.append(dict(zip(names, outputs, strict=True)))
     return results
 
 
+def _random_adapters(session: Any, generator: np.random.Generator) -> dict[str, np.ndarray]:
+    """Factors that change a linear's results about as much as its weight makes them; nothing where none are taken."""
+    shapes = {value.name: value.shape for value in session.get_inputs()}
+    if "lora.ranks" not in shapes:
+        return {}
+    slots, modules = shapes["lora.ranks"]
+    rank = np.full((slots, modules), 4)
+    rank[:, -1] = 0  # an adapter need not have every linear
+    factors = generator.standard_normal(shapes["lora.factors"], np.float32) * np.float32(0.1)
+    return {"lora.factors": factors, "lora.ranks": rank}
+
+
 def _random_factors(session: Any, generator: np.random.Generator) -> dict[str, np.ndarray]:
-    """An adapter of rank 4 that changes the linears' results about as much as their weights make them."""
+    """The same of an adapter of rank 4 whose factors are inputs each; see ``adapter_inputs.py``."""
     found = {}
     for value in session.get_inputs():
         if is_adapter_input(value.name):

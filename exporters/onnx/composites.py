@@ -18,6 +18,7 @@ __all__ = [
     "OPSET",
     "activated",
     "experts",
+    "lora_add",
     "quantize_dequantize_fp8_per_group",
     "quantize_dequantize_fp8_per_token",
     "quantize_dequantize_per_token",
@@ -125,6 +126,60 @@ def _fp8_rows(builder: GraphBuilder, x: ir.Value, name: str) -> ir.Value:
     scale = builder.op("Max", builder.op("Div", largest, most), least)
     rounded = builder.op("Cast", builder.op("Div", x, scale), to=ir.DataType.FLOAT8E4M3FN.value)
     return builder.op("Mul", builder.op("Cast", rounded, to=ir.DataType.FLOAT.value), scale, name=name)
+
+
+def lora_add(*, biased: bool) -> ir.Function:
+    """``LoraAdd(y, x, adapters, factors, ranks, part; max_rank) -> y'``: low-rank changes of some rows of a linear.
+
+    - y ``[..., width]``, in which the linear's results are some columns; x ``[..., in]``, what it reads;
+    - adapters int64 ``[..., 1]``: whose factors each row takes, 1 to slots, or 0 for nobody's: then y' is y;
+    - factors float32 ``[slots, size]``; ranks int64 ``[slots, modules]``: of each adapter's factors for each linear;
+    - part int64 ``[1, 6]``: the linear's number, where down ``[max_rank, in]`` and up ``[max_rank, columns]`` begin,
+      the first of its columns in y, how many there are, and whether a bias ``[columns]`` follows up.
+
+    y' is y with ``up (down x)`` of the factors' first rank rows added. The composite ``LoraAddBiased`` adds the bias as
+    well, where the rank is not 0. This body multiplies all rows with all adapters' factors and keeps their own.
+    """
+    builder = GraphBuilder()
+    inputs = _values("y", "x", "adapters", "factors", "ranks", "part")
+    y, x, adapters, factors, ranks, part = inputs
+    max_rank, inside = _attribute(builder, "max_rank", 0), builder.op("Shape", x, start=-1)
+    fields = builder.op("Reshape", part, _ints(builder, -1))
+    number, down, up, first, columns = (builder.op("Gather", fields, _ints(builder, i), axis=0) for i in range(5))
+    zero, one = (builder.op("Constant", value_int=value) for value in (0, 1))
+    slots = builder.op("Shape", factors, start=0, end=1)
+
+    def matrix(begin: ir.Value, width: ir.Value, count: ir.Value) -> ir.Value:
+        """``[slots * count, width]`` of all adapters."""
+        end = builder.op("Add", begin, builder.op("Mul", width, count))
+        block = builder.op("Slice", factors, begin, end, _ints(builder, 1))
+        return builder.op("Reshape", block, builder.op("Concat", _ints(builder, -1), width, axis=0))
+
+    own = builder.op("Unsqueeze", builder.op("Gather", ranks, number, axis=1), _ints(builder, 0))
+    numbers = builder.op("Add", builder.op("Range", zero, builder.op("Squeeze", slots), one), one)
+    each = builder.op("Reshape", numbers, _ints(builder, 1, -1, 1))
+    is_mine = builder.op("Equal", builder.op("Reshape", adapters, _ints(builder, -1, 1, 1)), each)
+    places = builder.op("Range", zero, builder.op("Squeeze", max_rank), one)
+    is_used = builder.op(
+        "And", is_mine, builder.op("Less", builder.op("Reshape", places, _ints(builder, 1, 1, -1)), own)
+    )
+    inner = builder.op(
+        "MatMul", _flat(builder, x), builder.op("Transpose", matrix(down, inside, max_rank), perm=[1, 0])
+    )
+    inner = builder.op("Reshape", inner, builder.op("Concat", _ints(builder, -1), slots, max_rank, axis=0))
+    nothing = builder.op("Constant", value=ir.tensor(np.float32(0)))
+    inner = _flat(builder, builder.op("Where", is_used, inner, nothing), axis=1)
+    added = builder.op("MatMul", inner, matrix(up, columns, max_rank))
+    if biased:
+        has_factors = builder.op("And", is_mine, builder.op("Greater", own, zero))
+        chosen = builder.op("Cast", _flat(builder, has_factors, axis=1), to=ir.DataType.FLOAT.value)
+        begin = builder.op("Add", up, builder.op("Mul", max_rank, columns))
+        added = builder.op("Add", added, builder.op("MatMul", chosen, matrix(begin, columns, _ints(builder, 1))))
+    behind = builder.op("Sub", builder.op("Sub", builder.op("Shape", y, start=-1), first), columns)
+    pads = builder.op("Concat", _ints(builder, 0), first, _ints(builder, 0), behind, axis=0)
+    whole = builder.op("Reshape", builder.op("Pad", added, pads), builder.op("Shape", y))
+    name = "LoraAddBiased" if biased else "LoraAdd"
+    return _function(name, inputs, [builder.op("Add", y, whole, name="added")], builder, ["max_rank"])
 
 
 def select_rows() -> ir.Function:
@@ -265,9 +320,9 @@ def experts(activation: Activation) -> ir.Function:
     return _function("Experts", inputs, [y], builder, ["top_k", "normalize", "activation"])
 
 
-def _flat(builder: GraphBuilder, x: ir.Value) -> ir.Value:
-    """``[..., columns]`` as ``[rows, columns]``."""
-    return builder.op("Flatten", x, axis=-1)
+def _flat(builder: GraphBuilder, x: ir.Value, *, axis: int = -1) -> ir.Value:
+    """``[..., columns]`` as ``[rows, columns]``; with ``axis`` more of the last dimensions are columns."""
+    return builder.op("Flatten", x, axis=axis)
 
 
 def _attribute(builder: GraphBuilder, name: str, axis: int | None = None) -> ir.Value:

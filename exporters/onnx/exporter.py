@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 import onnx_ir as ir
 from pydantic import Field, field_validator
 
+from llmopt.exporters.onnx.adapter_inputs import GivenAdapters
 from llmopt.exporters.onnx.batch_invariance import batch_dependent
 from llmopt.exporters.onnx.encoder_engine import export_encoder
 from llmopt.exporters.onnx.engine_files import save_graph, tensor_info, vnni_feature
@@ -23,6 +24,7 @@ from llmopt.exporters.onnx.genai_adapters import (
     read_adapters,
     write_adapters,
 )
+from llmopt.exporters.onnx.lora import LoraOptions, lora_slots
 from llmopt.exporters.onnx.lowering import lowered_graph
 from llmopt.exporters.onnx.rope import check_rope, longest_with, rope_note
 from llmopt.exporters.onnx.verify import verify_lowering
@@ -30,7 +32,8 @@ from llmopt.optimizer import kernels
 from llmopt.optimizer.contracts import Exporter, Feature, PassContext
 from llmopt.optimizer.decoder import Decoder
 from llmopt.optimizer.errors import InputError, MissingExtraError, UnsupportedError
-from llmopt.optimizer.manifest import Checkpoint, EncoderEngine, Engine, PassRecord
+from llmopt.optimizer.lora.base_file import save_base
+from llmopt.optimizer.manifest import LORA_FEATURE, Checkpoint, EncoderEngine, Engine, PassRecord
 from llmopt.optimizer.model import DenseWeight, Model
 from llmopt.optimizer.pooling import Pooling, PoolingMode
 from llmopt.optimizer.target import TARGETS, Target
@@ -70,6 +73,10 @@ class Onnx(Exporter):
         (),
         description="LoRA adapters that onnxruntime-genai loads beside the graph, in flavor genai.",
     )
+    lora: LoraOptions | None = Field(
+        None,
+        description="Adapters that are added later and chosen per sequence (docs/lora.md); omitted: none can be.",
+    )
 
     pooling: PoolingMode | None = Field(
         None,
@@ -104,7 +111,10 @@ class Onnx(Exporter):
 
     def executors(self) -> list[Target]:
         """See ``Exporter.executors``."""
-        return [TARGETS[self.target].with_kernels() if self._own_kernels else TARGETS[self.target]]
+        target = TARGETS[self.target]
+        if not self._own_kernels:
+            return [target]
+        return [target.with_kernels() if self.lora is None else target.with_adapters()]
 
     @property
     def _own_kernels(self) -> bool:
@@ -124,6 +134,8 @@ class Onnx(Exporter):
             raise MissingExtraError("onnxruntime", "cpu")
         if self.target == "cuda":
             self._check_cuda(model)
+        if self.lora is not None:
+            self._check_lora(model, self.lora)
         if model.is_encoder:
             self._check_encoder(model)
             longest = self._pooled(model).encoder.max_positions
@@ -204,6 +216,17 @@ class Onnx(Exporter):
                 hint="leave it out: sentence-transformers loads the engine's own folder",
             )
 
+    def _check_lora(self, model: Model, options: LoraOptions) -> None:
+        if model.is_encoder:
+            raise UnsupportedError(f"lora is for decoders, and {model.family.name} is an encoder", hint="leave it out")
+        if self.target != "cpu" or self.flavor != "llmopt":
+            chosen = f"target: {self.target}" if self.target != "cpu" else f"flavor: {self.flavor}"
+            raise UnsupportedError(
+                f"lora is for target: cpu and flavor: llmopt, not for {chosen}",
+                hint="merge the adapter into the model with merge_lora",
+            )
+        lora_slots(model, model.decoder, options)
+
     def _check_decoder(self, decoder: Decoder) -> None:
         if self.pooling is not None or self.normalize is not None:
             raise UnsupportedError(
@@ -230,10 +253,12 @@ class Onnx(Exporter):
                 context.note(note)
         if self.target == "cpu" and self.kernels is None and self.flavor == "llmopt" and not self._own_kernels:
             context.note("kernels: onnxruntime, because llmopt was installed without a C++ compiler")
+        if self.lora is not None and not self._own_kernels:
+            context.note("lora: without llmopt's kernels each sequence is multiplied with the factors of all adapters")
         adapters = read_adapters(self.adapters, model)
-        adapted = adapted_modules(adapters)
-        differences = verify_lowering(model, target, level=context.verify, seed=context.seed, adapted=adapted)
-        graph, records = lowered_graph(model, target, capacity=capacity, strict=context.strict, adapted=adapted)
+        lora = GivenAdapters(adapted_modules(adapters)) if adapters else self.lora
+        differences = verify_lowering(model, target, level=context.verify, seed=context.seed, lora=lora)
+        graph, records = lowered_graph(model, target, capacity=capacity, strict=context.strict, lora=lora)
         options = {"level": context.verify}
         records.append(PassRecord(name="verify_lowering", options=options, changed=False, details=differences))
         folder = directory / self.folder
@@ -244,6 +269,8 @@ class Onnx(Exporter):
                 records.append(write_adapters(adapters, self.adapters, model, folder))
             return Checkpoint(path=self.folder, format="genai", dtype="float32", notes=_genai_notes(model)), records
         save_graph(graph, folder, context)
+        if self.lora is not None:
+            save_base(model, directory)
         return self._describe(model, graph, capacity), records
 
     def _longest(self, decoder: Decoder) -> int:
@@ -273,7 +300,9 @@ class Onnx(Exporter):
                 *([] if model.cache_scales(0) is None else ["int8_kv"]),
                 *([kernels.FEATURE] if self._own_kernels else []),
                 *(vnni_feature(model) if on_cpu else []),
+                *([] if self.lora is None else [LORA_FEATURE]),
             ],
+            lora=None if self.lora is None else lora_slots(model, decoder, self.lora),
         )
 
 

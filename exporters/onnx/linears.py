@@ -1,19 +1,40 @@
 """Linears, composites and vectors of a standard graph, each made once for all that read it."""
 
-from collections.abc import Mapping
-from types import MappingProxyType
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
 from llmopt.exporters.onnx import composites
-from llmopt.exporters.onnx.adapter_inputs import adapter_inputs
+from llmopt.exporters.onnx.adapter_inputs import GivenAdapters, adapter_inputs
 from llmopt.exporters.onnx.builder import GraphBuilder
 from llmopt.exporters.onnx.composites import DOMAIN
 from llmopt.exporters.onnx.weights import input_scale, linear_weight, reordered, table, vector
+from llmopt.optimizer.manifest import LoraSlots
 from llmopt.optimizer.model import Model, QuantWeight
 
-__all__ = ["Linears"]
+__all__ = ["Linears", "Lora"]
+
+
+@dataclass(frozen=True, slots=True)
+class Lora:
+    """What linears with adapters read in a graph.
+
+    Attributes:
+        slots: Which linears they are, and where factors lie.
+        adapters: int64 ``[batch, tokens, 1]``, each token's.
+        factors, ranks: Of all adapters; see ``composites.lora_add``.
+    """
+
+    slots: LoraSlots
+    adapters: ir.Value
+    factors: ir.Value
+    ranks: ir.Value
+
+    @property
+    def numbers(self) -> dict[str, int]:
+        """The linears' numbers by name."""
+        return {module.name: number for number, module in enumerate(self.slots.modules)}
 
 
 class Linears:
@@ -26,13 +47,13 @@ class Linears:
         factors: Inputs of the graph that adapters give; see ``adapter_inputs.py``.
     """
 
-    def __init__(self, model: Model, builder: GraphBuilder, adapted: Mapping[str, bool] = MappingProxyType({})) -> None:
+    def __init__(self, model: Model, builder: GraphBuilder, lora: Lora | GivenAdapters | None = None) -> None:
         self.builder = builder
         self.functions: dict[str, ir.Function] = {}
         self.made: dict[str, ir.Value] = {}
         self.factors: list[ir.Value] = []
         self._model = model
-        self._adapted_modules = adapted
+        self._lora = lora
 
     def linear(self, module: str, x: ir.Value, *, order: np.ndarray | None = None) -> ir.Value:
         """``x`` times the module's weight, plus its bias; with ``order`` the outputs are in that order of rows."""
@@ -84,11 +105,27 @@ class Linears:
         return self.builder.op(function.name, *inputs, name=name, domain=DOMAIN, **attributes)
 
     def _adapted(self, module: str, y: ir.Value, x: ir.Value) -> ir.Value:
-        """``y`` plus what an adapter adds for the inputs ``x``, where adapters change the module."""
-        if module not in self._adapted_modules:
+        """``y`` with the changes of each row's adapter, where the module takes any."""
+        lora = self._lora
+        if isinstance(lora, GivenAdapters):
+            return self._given(module, y, x, lora) if module in lora.modules else y
+        numbers = {} if lora is None else lora.numbers
+        if lora is None or module not in numbers:
             return y
+        entry = lora.slots.modules[numbers[module]]
+        part = [[numbers[module], entry.down, entry.up, 0, entry.outputs, int(entry.biased)]]
+        added = self.composite(
+            composites.lora_add(biased=entry.biased), y, x, lora.adapters, lora.factors, lora.ranks,
+            self.builder.constant(np.array(part), f"{module}.lora"),
+            name=f"{module}.adapted", max_rank=lora.slots.max_rank,
+        )  # fmt: skip
+        added.type, added.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(("batch", "tokens", entry.outputs))
+        return added
+
+    def _given(self, module: str, y: ir.Value, x: ir.Value, given: GivenAdapters) -> ir.Value:
+        """The same with factors that are inputs of the graph."""
         outputs, inputs = self._model.weights[f"{module}.weight"].shape
-        factors = adapter_inputs(module, inputs, outputs, biased=self._adapted_modules[module])
+        factors = adapter_inputs(module, inputs, outputs, biased=given.modules[module])
         self.factors += factors
         down, up, *bias = factors
         added = self.builder.op("MatMul", self.builder.op("MatMul", x, down), up, name=f"{module}.lora")

@@ -1,15 +1,14 @@
 """The standard graph: a model as ai.onnx operators, Q/DQ and composites, before any target's lowering."""
 
-from collections.abc import Mapping
-from types import MappingProxyType
-
 import numpy as np
 import onnx_ir as ir
 
 from llmopt.exporters.onnx import composites
+from llmopt.exporters.onnx.adapter_inputs import GivenAdapters
 from llmopt.exporters.onnx.builder import GraphBuilder
 from llmopt.exporters.onnx.composites import DOMAIN, OPSET
-from llmopt.exporters.onnx.linears import Linears
+from llmopt.exporters.onnx.linears import Linears, Lora
+from llmopt.exporters.onnx.lora import LoraOptions, lora_slots
 from llmopt.exporters.onnx.rope import rope_tables
 from llmopt.exporters.onnx.weights import cache_scales, expert_weights, packed_order, table
 from llmopt.optimizer.decoder import Activation, Attention, Decoder, Experts, Layer, Mlp, Norm, Rope
@@ -25,7 +24,7 @@ def standard_graph(
     *,
     capacity: int,
     decoder: Decoder | None = None,
-    adapted: Mapping[str, bool] = MappingProxyType({}),
+    lora: LoraOptions | GivenAdapters | None = None,
 ) -> ir.Model:
     """The engine contract's graph (docs/architecture.md) of a decoder-only model.
 
@@ -33,9 +32,9 @@ def standard_graph(
         model: Its weights are read only when the graph is saved.
         capacity: Positions the rope tables cover.
         decoder: What to compute with these weights; by default what the model's own config says.
-        adapted: Linears with inputs for an adapter's factors, and whether for a bias too; see ``adapter_inputs.py``.
+        lora: Which linears take adapters; none of them by default.
     """
-    return _Graph(model, decoder or model.decoder, capacity, adapted).build()
+    return _Graph(model, decoder or model.decoder, capacity, lora).build()
 
 
 def _input(name: str, dtype: ir.DataType, *dims: int | str) -> ir.Value:
@@ -45,17 +44,18 @@ def _input(name: str, dtype: ir.DataType, *dims: int | str) -> ir.Value:
 class _Graph:
     """Builds the graph of one decoder-only model; a method per part."""
 
-    def __init__(self, model: Model, decoder: Decoder, capacity: int, adapted: Mapping[str, bool]) -> None:
+    def __init__(self, model: Model, decoder: Decoder, capacity: int, lora: LoraOptions | GivenAdapters | None) -> None:
         self.model = model
         self.decoder = decoder
         self.capacity = capacity
         self.builder = GraphBuilder()
-        self.parts = Linears(model, self.builder, adapted)
         self.tables: list[tuple[Rope, ir.Value, ir.Value]] = []
         self.ids = _input("input_ids", ir.DataType.INT64, "batch", "tokens")
         self.lengths = _input("past_lengths", ir.DataType.INT64, "batch")
         self.rows = _input("logit_rows", ir.DataType.INT64, "rows")
         self.past = [self._cache("past", i) for i in range(len(decoder.layers))]
+        self.adapters: list[ir.Value] = []
+        self.parts = Linears(model, self.builder, self._lora(lora) if isinstance(lora, LoraOptions) else lora)
 
     def build(self) -> ir.Model:
         builder = self.builder
@@ -66,13 +66,8 @@ class _Graph:
             presents += present
         logits = self.parts.composite(composites.select_rows(), self._head(hidden), self.rows, name="logits")
         logits.type, logits.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(("rows", self.decoder.vocab_size))
-        inputs = [
-            self.ids,
-            self.lengths,
-            self.rows,
-            *(cache for pair in self.past for cache in pair),
-            *self.parts.factors,
-        ]
+        caches = (cache for pair in self.past for cache in pair)
+        inputs = [self.ids, self.lengths, self.rows, *self.adapters, *caches, *self.parts.factors]
         graph = ir.Graph(
             inputs,
             [logits, *presents],
@@ -89,6 +84,20 @@ class _Graph:
         dtype = ir.DataType.FLOAT if self.model.cache_scales(0) is None else ir.DataType.INT8
         key, value = (_input(f"{when}.{i}.{kind}", dtype, *dims) for kind in ("key", "value"))
         return key, value
+
+    def _lora(self, options: LoraOptions) -> Lora:
+        """Three more inputs, and each token's adapter, which is its sequence's."""
+        slots = lora_slots(self.model, self.decoder, options)
+        adapters = _input("adapters", ir.DataType.INT64, "batch")
+        factors = _input("lora.factors", ir.DataType.FLOAT, slots.slots, slots.size)
+        ranks = _input("lora.ranks", ir.DataType.INT64, slots.slots, len(slots.modules))
+        self.adapters = [adapters, factors, ranks]
+        columns = self.builder.op("Unsqueeze", adapters, self.builder.constant(np.array([1, 2]), "axes.1.2"))
+        ones = self.builder.constant(np.array([1]), "axis.1")
+        shape = self.builder.op("Concat", self.builder.op("Shape", self.ids), ones, axis=0)
+        tokens = self.builder.op("Expand", columns, shape, name="adapters.of_tokens")
+        tokens.type, tokens.shape = adapters.type, ir.Shape(("batch", "tokens", 1))
+        return Lora(slots, tokens, factors, ranks)
 
     def _embed(self) -> ir.Value:
         builder, decoder = self.builder, self.decoder

@@ -6,14 +6,13 @@ spread. A single layer with embedding and head shows every mistake of a graph pa
 """
 
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
+from llmopt.exporters.onnx.adapter_inputs import GivenAdapters
 from llmopt.exporters.onnx.calls import CALLS, CAPACITY, run_calls
 from llmopt.exporters.onnx.divergence import first_divergence, relative_errors
 from llmopt.exporters.onnx.layer_check import (
@@ -25,6 +24,7 @@ from llmopt.exporters.onnx.layer_check import (
     hint_for,
     limits,
 )
+from llmopt.exporters.onnx.lora import LoraOptions
 from llmopt.exporters.onnx.lowering import stages
 from llmopt.exporters.onnx.sessions import Sessions
 from llmopt.optimizer.decoder import Decoder, Layer
@@ -40,7 +40,7 @@ _WINDOW = 6
 
 
 def verify_lowering(
-    model: Model, target: Target, *, level: Level, seed: int, adapted: Mapping[str, bool] = MappingProxyType({})
+    model: Model, target: Target, *, level: Level, seed: int, lora: LoraOptions | GivenAdapters | None = None
 ) -> dict[str, dict[str, float]]:
     """Compare the graphs before and after each graph pass, and the first with the last, on single layers.
 
@@ -50,7 +50,7 @@ def verify_lowering(
         level: quick: the first, a middle and the last layer, and one of every other kind; full: every layer; none:
             nothing.
         seed: Of the token ids that are fed.
-        adapted: See ``standard_graph``; what adapters give is random.
+        lora: Which linears take adapters; those that are fed are random.
 
     Returns:
         ``layers.{i}`` -> graph pass -> the relative difference of logits (a median over rows, and of the calls the
@@ -67,7 +67,7 @@ def verify_lowering(
     found = {}
     for i in chosen:
         with tempfile.TemporaryDirectory() as folder:
-            found[f"layers.{i}"] = _Layer(model, i, seed, Sessions(Path(folder)), target, adapted).verify()
+            found[f"layers.{i}"] = _Layer(model, i, seed, Sessions(Path(folder)), target, lora).verify()
     return found
 
 
@@ -98,7 +98,7 @@ class _Layer:
     seed: int
     sessions: Sessions
     target: Target
-    adapted: Mapping[str, bool]
+    lora: LoraOptions | GivenAdapters | None
     decoder: Decoder = field(init=False)
 
     def __post_init__(self) -> None:
@@ -107,7 +107,7 @@ class _Layer:
     def verify(self) -> dict[str, float]:
         """The differences of ``verify_lowering``."""
         return compare_stages(
-            stages(self.model, self.target, capacity=CAPACITY, decoder=self.decoder, adapted=self.adapted),
+            stages(self.model, self.target, capacity=CAPACITY, decoder=self.decoder, lora=self.lora),
             self.sessions,
             layer=self.i,
             run=self._logits,

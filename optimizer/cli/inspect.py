@@ -10,7 +10,7 @@ import click
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from llmopt.optimizer.manifest import Layer, Manifest
+    from llmopt.optimizer.manifest import Layer, LoraSlots, Manifest
 
 __all__ = ["command"]
 
@@ -134,6 +134,8 @@ def _show(manifest: "Manifest", build: Path, console: "Console", *, every_layer:
             soft_wrap=True,
         )
         print_network(engine, manifest, build, console, every_layer=every_layer)
+        if engine.lora is not None:
+            _print_adapters(engine.lora, build, console)
     for encoder in manifest.encoders:
         console.print(
             f"engine   {encoder.path}: {encoder.exporter} for {encoder.target}, {encoder.num_layers} layers, "
@@ -160,6 +162,17 @@ def _show(manifest: "Manifest", build: Path, console: "Console", *, every_layer:
         console.print(f"verdict: {manifest.verdict.status} (the recipe has no gates)")
     if manifest.verdict.proxy is not None:
         console.print(f"measured: {manifest.verdict.proxy}", soft_wrap=True)
+
+
+def _print_adapters(lora: "LoraSlots", build: Path, console: "Console") -> None:
+    from llmopt.optimizer.lora.adapter_file import read_index
+
+    console.print(
+        f"adapters in {len(lora.modules)} linears, up to rank {lora.max_rank}, {lora.slots} in memory at once",
+        soft_wrap=True,
+    )
+    for name, file in read_index(build).items():
+        console.print(f"         {name}: rank {file.entry.rank} in {file.entry.modules} linears", soft_wrap=True)
 
 
 def _print_layers(layers: "Sequence[Layer]", console: "Console", *, every_layer: bool) -> None:

@@ -1,5 +1,6 @@
 """Serve a build over HTTP with the OpenAI API."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,18 @@ __all__ = ["command"]
 )
 @click.option("--request-timeout", type=click.FloatRange(0, min_open=True), help="Seconds that a request may take.")
 @click.option("--model-name", help="What clients call the model. [default: the directory's name]")
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="NAME=FOLDER",
+    help="An adapter that PEFT saved, to answer as the model NAME; may be repeated. The build's own need none.",
+)
+@click.option(
+    "--admin-key",
+    envvar="LLMOPT_ADMIN_KEY",
+    help="Who has it may load and unload adapters; better in LLMOPT_ADMIN_KEY, which others cannot see.",
+)
 @click.option("--verify", is_flag=True, help="Compare every file of the build with its digest first.")
 @click.option("--force", is_flag=True, help="Serve a build that missed its gates.")
 def command(
@@ -37,6 +50,8 @@ def command(
     max_queue_tokens: int,
     request_timeout: float | None,
     model_name: str | None,
+    adapters: tuple[str, ...],
+    admin_key: str | None,
     verify: bool,
     force: bool,
     **options: Any,
@@ -71,14 +86,37 @@ def command(
         policy=lambda opened: policy_for(opened, choices),
         limits=QueueLimits(requests=max_queue, tokens=max_queue_tokens),
         timeout=request_timeout,
+        admin_key=admin_key,
     )
+    named, name = _named(adapters), model_name or build.resolve().name
+    if vectors and named:
+        raise InputError("--adapter is for builds that continue text", hint="an encoder takes none: leave it out")
+    if name in named:
+        raise InputError(f"--adapter {name}=...: {name} is the model's own name", hint="choose another --model-name")
 
     def load() -> Any:
         if vectors:
             return Encoder(build, threads=options["threads"], verify=verify, force=force)
-        return open_build(build, **opening, verify=verify, force=force)
+        opened = open_build(build, **opening, verify=verify, force=force)
+        for adapter, folder in named.items():
+            opened.adapters.add(adapter, folder)
+        return opened
 
     sock = bind(host, port)
-    name = model_name or build.resolve().name
     click.echo(f"serving {name} on http://{host}:{sock.getsockname()[1]}", err=True)
     serve(load, sock=sock, model_name=name, vectors=vectors, conduct=conduct)
+
+
+def _named(adapters: Sequence[str]) -> dict[str, Path]:
+    """``NAME=FOLDER`` -> the folder by name.
+
+    Raises:
+        UsageError: It is written otherwise, or a name is given twice.
+    """
+    found: dict[str, Path] = {}
+    for given in adapters:
+        name, equals, folder = given.partition("=")
+        if not (name and equals and folder) or name in found:
+            raise click.UsageError(f"--adapter {given}: write NAME=FOLDER, each name once")
+        found[name] = Path(folder)
+    return found

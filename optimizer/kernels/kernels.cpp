@@ -7,12 +7,15 @@
 //   QuantizeGatedRows    the same of silu(gate) * up, from the product of integers that has gate and up side by side, and
 //                        that product's own largest magnitudes.
 //   QuantizeNormedRows   the same of the root mean square norm of a residual plus such a product; also gives that sum.
+//                        Both give the row itself too, where an adapter reads it.
+//   LoraAdd              y + up (down x), where each row has the factors of its own adapter or none: then it stays as it is.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <string>
 #include <vector>
 #if defined(__x86_64__)
@@ -43,6 +46,13 @@ struct Problem {
   int width() const { return (columns + 15) / 16 * 16; }
 };
 
+// One adapter's factors for one linear, whose results are some of y's columns.
+struct LoraPart {
+  const float *down, *up, *bias;  // [rank][inputs], [rank][columns], [columns] or null
+  int rank;
+  int64_t inputs, columns, stride;  // stride of y
+};
+
 }  // namespace
 
 // Vectors are passed only between functions that are inlined: their calling convention does not matter.
@@ -56,6 +66,7 @@ namespace avx512 {
 #include "vector.h"
 #include "attention_body.h"
 #include "quantize_body.h"
+#include "lora_body.h"
 #include "sampling_body.h"
 }
 #undef LLMOPT_LANES
@@ -67,6 +78,7 @@ namespace avx2 {
 #include "vector.h"
 #include "attention_body.h"
 #include "quantize_body.h"
+#include "lora_body.h"
 #include "sampling_body.h"
 }
 #undef LLMOPT_LANES
@@ -77,6 +89,7 @@ namespace plain {
 #include "vector.h"
 #include "attention_body.h"
 #include "quantize_body.h"
+#include "lora_body.h"
 #include "sampling_body.h"
 }
 #undef LLMOPT_LANES
@@ -95,6 +108,7 @@ struct Kernels {
   void (*quantize_normed_row)(const float*, float, const float*, const float*, float, int64_t, float*, float*, uint8_t*,
                               float*);
   void (*weigh_logits)(const float*, int64_t, float, float*, double*, float*);
+  void (*add_lora)(const LoraPart&, const float*, const float*, int, float*, float*);
 };
 
 size_t aligned(size_t floats) { return (floats + 15) / 16 * 16; }
@@ -123,7 +137,8 @@ Scratch divided(const Problem& p, int tokens, float* memory) {
         [](const Problem& p, int64_t b, int64_t h, int64_t first, int n, float* memory) {                           \
           space::attend<int8_t>(p, b, h, first, n, divided<space::Scratch>(p, n, memory));                          \
         },                                                                                                          \
-        space::quantize_row, space::quantize_gated_row, space::quantize_normed_row, space::weigh_logits             \
+        space::quantize_row, space::quantize_gated_row, space::quantize_normed_row, space::weigh_logits,            \
+        space::add_lora                                                                                             \
   }
 
 // The best set this CPU has; LLMOPT_KERNELS=avx2 or plain asks for a lesser one, for tests.
@@ -188,11 +203,12 @@ class Call {
     return static_cast<T*>(found);
   }
 
+  // Null for an optional output that nobody asks for.
   template <class T>
   T* output(size_t index, const std::vector<int64_t>& shape) const {
     Value* value = nullptr;
     ort::call<Status*>(api_, ort::kContextOutput, context_, index, shape.data(), shape.size(), &value);
-    return data<T>(value);
+    return value == nullptr ? nullptr : data<T>(value);
   }
 
   // work(i) for i in 0..count-1, on ONNX Runtime's threads.
@@ -340,6 +356,7 @@ class CachedAttention : public Attention {
   }
   static ort::Type output_type(size_t i) { return i == 0 ? ort::kFloat : input_type(3); }
   static bool optional(size_t i) { return i == 1 || i == 2 || i > 6; }
+  static bool optional_output(size_t) { return false; }
   Status* compute(KernelContext* context) const { return Attention::compute(context, int8); }
 };
 
@@ -369,6 +386,7 @@ class Quantizer {
   static ort::Type input_type(size_t) { return ort::kFloat; }
   static ort::Type output_type(size_t i) { return i == 0 ? ort::kUint8 : ort::kFloat; }
   static bool optional(size_t) { return false; }
+  static bool optional_output(size_t) { return false; }
 
  protected:
   explicit Quantizer(const Api* api) : api_(api) {}
@@ -413,7 +431,8 @@ class QuantizeRows : public Quantizer {
 
 class QuantizeGatedRows : public Quantizer {
  public:
-  static constexpr size_t kInputs = 2, kOutputs = 2;
+  static constexpr size_t kInputs = 2, kOutputs = 3;
+  static bool optional_output(size_t i) { return i == 2; }
   static constexpr const char* kName = "QuantizeGatedRows";
 
   QuantizeGatedRows(const Api* api, const KernelInfo*) : Quantizer(api) {}
@@ -428,8 +447,10 @@ class QuantizeGatedRows : public Quantizer {
     const float *product = call.data<float>(in), *scale = call.data<float>(scales);
     uint8_t* integers = call.output<uint8_t>(0, with_last(shape, columns));
     float* most = call.output<float>(1, with_last(shape, 1));
+    float* rows = call.output<float>(2, with_last(shape, columns));
     each_row(call, call.size(scales), 4 * columns, [&](int64_t row) {
-      kernels().quantize_gated_row(product + 2 * row * columns, scale[row], columns, row_memory(columns),
+      kernels().quantize_gated_row(product + 2 * row * columns, scale[row], columns,
+                                   rows == nullptr ? row_memory(columns) : rows + row * columns,
                                    integers + row * columns, most + row);
     });
     return nullptr;
@@ -438,7 +459,8 @@ class QuantizeGatedRows : public Quantizer {
 
 class QuantizeNormedRows : public Quantizer {
  public:
-  static constexpr size_t kInputs = 4, kOutputs = 3;
+  static constexpr size_t kInputs = 4, kOutputs = 4;
+  static bool optional_output(size_t i) { return i == 3; }
   static constexpr const char* kName = "QuantizeNormedRows";
 
   QuantizeNormedRows(const Api* api, const KernelInfo* info) : Quantizer(api), epsilon_(number(api, info, "epsilon", 0)) {}
@@ -454,17 +476,96 @@ class QuantizeNormedRows : public Quantizer {
     const float *residual = call.data<float>(before), *weight = call.data<float>(weights);
     uint8_t* integers = call.output<uint8_t>(0, shape);
     float* most = call.output<float>(1, with_last(shape, 1));
-    float* sums = call.output<float>(2, shape);
+    float *sums = call.output<float>(2, shape), *rows = call.output<float>(3, shape);
     each_row(call, call.size(scales), 2 * columns, [&](int64_t row) {
       const int64_t at = row * columns;
       kernels().quantize_normed_row(product + at, scale[row], residual + at, weight, epsilon_, columns,
-                                    row_memory(columns), sums + at, integers + at, most + row);
+                                    rows == nullptr ? row_memory(columns) : rows + at, sums + at, integers + at,
+                                    most + row);
     });
     return nullptr;
   }
 
  private:
   float epsilon_;
+};
+
+// y with up (down x) added, in each row that has an adapter. The factors of all adapters lie in one matrix, a row each; the
+// parts say for each linear whose results are columns of y: its number, where down and up begin, its columns in y, and
+// whether a bias lies behind up. With a scale y is a product of integers that is to be multiplied with it.
+class LoraAdd {
+ public:
+  static constexpr size_t kInputs = 7, kOutputs = 1;
+  static constexpr const char* kName = "LoraAdd";
+  static ort::Type input_type(size_t i) { return i == 2 || i == 4 || i == 5 ? ort::kInt64 : ort::kFloat; }
+  static ort::Type output_type(size_t) { return ort::kFloat; }
+  static bool optional(size_t i) { return i == 6; }
+  static bool optional_output(size_t) { return false; }
+
+  LoraAdd(const Api* api, const KernelInfo* info) : api_(api), max_rank_(integer(api, info, "max_rank", 0)) {}
+
+  Status* compute(KernelContext* context) const {
+    const Call call(api_, context);
+    const Value* in[kInputs];
+    for (size_t i = 0; i < kInputs; i++) in[i] = call.input(i);
+    const auto shape = call.shape(in[0]);
+    const float* y = call.data<float>(in[0]);
+    float* output = call.output<float>(0, shape);
+    const int64_t columns = shape.back(), rows = call.size(in[2]);
+    if (output != y) std::memcpy(output, y, rows * columns * sizeof(float));
+    const int64_t* adapters = call.data<int64_t>(in[2]);
+    if (std::all_of(adapters, adapters + rows, [](int64_t slot) { return slot == 0; })) return nullptr;
+    const auto inputs = call.shape(in[1]), pool = call.shape(in[3]), ranks = call.shape(in[4]), parts = call.shape(in[5]);
+    const int64_t *rank = call.data<int64_t>(in[4]), *part = call.data<int64_t>(in[5]);
+    if (columns * rows != call.size(in[0]) || call.size(in[1]) != rows * inputs.back() || pool.size() != 2 ||
+        ranks.size() != 2 || ranks[0] != pool[0] || parts.size() != 2 || parts[1] != kFields ||
+        (in[6] != nullptr && call.size(in[6]) != rows))
+      return failed(api_, "rows, adapters and their factors do not fit together");
+    for (int64_t row = 0; row < rows; row++)
+      if (adapters[row] < 0 || adapters[row] > pool[0])
+        return failed(api_, "there are adapters 1 to " + std::to_string(pool[0]) + ", not " + std::to_string(adapters[row]));
+    for (int64_t i = 0; i < pool[0] * ranks[1]; i++)
+      if (rank[i] < 0 || rank[i] > max_rank_) return failed(api_, "an adapter's rank is beyond the engine's");
+    std::vector<Task> tasks;
+    for (int64_t i = 0; i < parts[0]; i++)
+      for (int64_t first = 0, last; first < rows; first = last) {
+        for (last = first + 1; last < rows && last - first < kPiece && adapters[last] == adapters[first];) last++;
+        if (adapters[first] == 0) continue;
+        const int64_t* p = part + i * kFields;
+        const int64_t slot = adapters[first] - 1, own = rank[slot * ranks[1] + p[0]];
+        const float* factors = call.data<float>(in[3]) + slot * pool[1];
+        if (own == 0) continue;
+        const float* bias = p[5] ? factors + p[2] + max_rank_ * p[4] : nullptr;
+        tasks.push_back({{factors + p[1], factors + p[2], bias, static_cast<int>(own), inputs.back(), p[4], columns},
+                         first, static_cast<int>(last - first), p[3]});
+      }
+    const float *x = call.data<float>(in[1]), *scale = in[6] == nullptr ? nullptr : call.data<float>(in[6]);
+    const auto one = [&](size_t i) {
+      const Task& t = tasks[i];
+      kernels().add_lora(t.part, x + t.first * inputs.back(), scale == nullptr ? nullptr : scale + t.first, t.rows,
+                         row_memory(kPiece * max_rank_), output + t.first * columns + t.column);
+    };
+    if (tasks.size() == 1) {
+      one(0);
+    } else if (!tasks.empty()) {
+      call.parallel(tasks.size(), one);
+    }
+    return nullptr;
+  }
+
+ private:
+  // Neighboring rows that have one adapter, and one linear.
+  struct Task {
+    LoraPart part;
+    int64_t first;
+    int rows;
+    int64_t column;
+  };
+
+  static constexpr int64_t kFields = 6, kPiece = 12;
+
+  const Api* api_;
+  int64_t max_rank_;
 };
 
 // The table of functions by which ONNX Runtime knows a kernel.
@@ -479,7 +580,9 @@ CustomOp operator_of() {
   op.GetOutputType = [](const CustomOp*, size_t i) { return Kernel::output_type(i); };
   op.GetOutputTypeCount = [](const CustomOp*) { return size_t(Kernel::kOutputs); };
   op.GetInputCharacteristic = [](const CustomOp*, size_t i) { return Kernel::optional(i) ? ort::kOptional : ort::kRequired; };
-  op.GetOutputCharacteristic = [](const CustomOp*, size_t) { return ort::kRequired; };
+  op.GetOutputCharacteristic = [](const CustomOp*, size_t i) {
+    return Kernel::optional_output(i) ? ort::kOptional : ort::kRequired;
+  };
   op.GetInputMemoryType = [](const CustomOp*, size_t) { return 0; };
   op.GetVariadicInputMinArity = op.GetVariadicOutputMinArity = [](const CustomOp*) { return 1; };
   op.GetVariadicInputHomogeneity = op.GetVariadicOutputHomogeneity = [](const CustomOp*) { return 1; };
@@ -491,6 +594,20 @@ CustomOp operator_of() {
     return static_cast<const Kernel*>(kernel)->compute(context);
   };
   op.KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
+  op.GetStartVersion = [](const CustomOp*) { return 1; };
+  op.GetEndVersion = [](const CustomOp*) { return std::numeric_limits<int>::max(); };
+  return op;
+}
+
+// The same of a kernel whose output may lie in its first input's memory.
+template <class Kernel>
+CustomOp in_place_operator_of() {
+  CustomOp op = operator_of<Kernel>();
+  op.GetMayInplace = [](int** inputs, int** outputs) {
+    *inputs = new int[1]{0}, *outputs = new int[1]{0};
+    return size_t(1);
+  };
+  op.ReleaseMayInplace = [](int* inputs, int* outputs) { delete[] inputs, delete[] outputs; };
   return op;
 }
 
@@ -501,7 +618,7 @@ extern "C" {
 __attribute__((visibility("default"))) ort::Status* RegisterCustomOps(ort::SessionOptions* options, const ort::ApiBase* base) {
   static const CustomOp ops[] = {operator_of<CachedAttention<false>>(), operator_of<CachedAttention<true>>(),
                                  operator_of<QuantizeRows>(), operator_of<QuantizeGatedRows>(),
-                                 operator_of<QuantizeNormedRows>()};
+                                 operator_of<QuantizeNormedRows>(), in_place_operator_of<LoraAdd>()};
   const Api* api = base->GetApi(ort::kApiVersion);
   // It lives as long as the process: sessions keep pointers to it.
   ort::Domain* domain = nullptr;

@@ -1,6 +1,7 @@
 // The part of ONNX Runtime's C interface that a custom operator needs. Its headers are in no package registry, and are not
 // needed: the interface is a table of function pointers that is only ever appended to. Positions were checked in API
-// versions 12 to 29; version 16 brought the calls that return a status, 15 the positions of variadic inputs.
+// versions 12 to 29; version 16 brought the calls that return a status, 15 the positions of variadic inputs, 18 outputs in an
+// input's memory.
 #pragma once
 
 #include <cstddef>
@@ -22,7 +23,7 @@ struct ApiBase {
   const char* (*GetVersionString)();
 };
 
-constexpr uint32_t kApiVersion = 16;
+constexpr uint32_t kApiVersion = 18;
 
 enum Position {
   kCreateStatus = 0,
@@ -49,7 +50,7 @@ Result call(const Api* api, Position position, Arguments... arguments) {
 }
 
 // ONNXTensorElementDataType
-enum Type : int { kFloat = 1, kUint8 = 2, kInt8 = 3, kInt32 = 6 };
+enum Type : int { kFloat = 1, kUint8 = 2, kInt8 = 3, kInt32 = 6, kInt64 = 7 };
 
 // OrtErrorCode
 enum Code : int { kInvalidArgument = 2 };
@@ -77,6 +78,13 @@ struct CustomOp {
   int (*GetVariadicOutputHomogeneity)(const CustomOp*);
   Status* (*CreateKernelV2)(const CustomOp*, const Api*, const KernelInfo*, void**);
   Status* (*KernelComputeV2)(void*, KernelContext*);
+  Status* (*InferOutputShape)(const CustomOp*, void*);
+  int (*GetStartVersion)(const CustomOp*);
+  int (*GetEndVersion)(const CustomOp*);
+  size_t (*GetMayInplace)(int** inputs, int** outputs);
+  void (*ReleaseMayInplace)(int* inputs, int* outputs);
+  size_t (*GetAliasMap)(int** inputs, int** outputs);
+  void (*ReleaseAliasMap)(int* inputs, int* outputs);
 };
 
 }  // namespace ort

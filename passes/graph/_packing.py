@@ -1,7 +1,7 @@
 """Joins linears that read the same input into one."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,17 +21,23 @@ class Linear:
         x: ``[..., in]``.
         weight: ``[in, out]`` where ``refusal`` accepts it.
         bias: ``[out]`` where ``refusal`` accepts it.
-        nodes: The MatMul, and the Add behind it.
+        nodes: The MatMul, the Add behind it, and what adds an adapter.
+        lora: The last of these.
     """
 
     x: ir.Value
     weight: ir.Value
     bias: ir.Value | None
     nodes: tuple[ir.Node, ...]
+    lora: ir.Node | None = None
 
 
 def linear_of(value: ir.Value | None) -> Linear | None:
     """The linear whose result ``value`` is, or None; the bias may be either operand of the addition."""
+    lora = producer(value, "LoraAdd") or producer(value, "LoraAddBiased")
+    if lora is not None:
+        inner = linear_of(lora.inputs[0])
+        return None if inner is None else replace(inner, nodes=(*inner.nodes, lora), lora=lora)
     addition = producer(value, "Add")
     operands = [value] if addition is None else list(addition.inputs)
     for product, bias in zip(operands, [None] if addition is None else reversed(operands), strict=True):
@@ -115,9 +121,27 @@ def pack(op: Any, linears: Sequence[Linear], module: str) -> Any:
     weight = _pack_weights(op, [linear.weight for linear in linears], module)
     packed = op.MatMul(linears[0].x, weight, _outputs=[f"{module}.output"])
     biases = [linear.bias for linear in linears if linear.bias is not None]
-    if not biases:
-        return packed
-    return op.Add(packed, _joined(op, biases, name=f"{module}.bias"), _outputs=[f"{module}.biased"])
+    if biases:
+        packed = op.Add(packed, _joined(op, biases, name=f"{module}.bias"), _outputs=[f"{module}.biased"])
+    return _adapted(op, packed, linears, module)
+
+
+def _adapted(op: Any, packed: Any, linears: Sequence[Linear], module: str) -> Any:
+    """``packed`` with the changes of adapters, each in the columns of its linear."""
+    first = 0
+    for number, linear in enumerate(linears):
+        if linear.lora is not None:
+            _, *others, part = linear.lora.inputs
+            assert part is not None
+            assert part.const_value is not None
+            moved = part.const_value.numpy() + np.array([0, 0, 0, first, 0, 0])
+            name = f"{module}.lora.{number}"
+            inputs = (packed, *others, op.initializer(ir.tensor(moved, name=name), name=name))
+            names = [f"{module}.adapted.{number}"]
+            kind = linear.lora.op_type
+            packed = getattr(op, kind)(*inputs, _domain="llmopt", _outputs=names, **linear.lora.attributes)
+        first += columns(linear)
+    return packed
 
 
 def _pack_weights(op: Any, weights: Sequence[ir.Value], module: str) -> Any:

@@ -75,6 +75,7 @@ _ROW_WISE: Mapping[tuple[str, str], Callable[[ir.Node], _Rows]] = {
     ("", "Split"): _of_split,
     **{(_DOMAIN, name): _always(0) for name in _ROUNDINGS},
     (_DOMAIN, "RotateBlocks"): _always(0),
+    **{(_DOMAIN, name): _always(0, 1, 2) for name in ("LoraAdd", "LoraAddBiased")},  # and its adapter
     (_DOMAIN, "Experts"): _always(0, 1),  # a token's row and its scores
 }
 

@@ -83,7 +83,7 @@ class _Quantized(pattern.RewriteRuleClassBase):  # type: ignore[misc]
 
     def check(self, context: Any, rows: ir.Value, **_: Any) -> Any:
         result = pattern.MatchResult()
-        return result if self._parts(rows) is not None and len(rows.uses()) == 1 else result.fail()
+        return result if self._parts(rows) is not None and not _others(rows, but=1) else result.fail()
 
     def _parts(self, rows: ir.Value) -> tuple[ir.Value, ...] | None:
         """What the one operator takes; None where rows are made otherwise."""
@@ -115,7 +115,11 @@ class _GatedRule(_Quantized):
         return _scaled(split.inputs[0])
 
     def rewrite(self, op: Any, rows: ir.Value, **_: Any) -> Any:
-        return op.QuantizeGatedRows(*self._inputs(rows), _domain=DOMAIN, _outputs=2)
+        if len(rows.uses()) == 1:
+            return op.QuantizeGatedRows(*self._inputs(rows), _domain=DOMAIN, _outputs=2)
+        integers, largest, kept = op.QuantizeGatedRows(*self._inputs(rows), _domain=DOMAIN, _outputs=3)
+        _take_place(kept, rows)
+        return integers, largest
 
 
 class _NormedRule(_Quantized):
@@ -138,12 +142,53 @@ class _NormedRule(_Quantized):
         norm = rows.producer()
         assert norm is not None
         epsilon = norm.attributes["epsilon"]
-        outputs = op.QuantizeNormedRows(*self._inputs(rows), _domain=DOMAIN, _outputs=3, epsilon=epsilon)
-        integers, largest, total = outputs
+        count = 3 if len(rows.uses()) == 1 else 4
+        outputs = op.QuantizeNormedRows(*self._inputs(rows), _domain=DOMAIN, _outputs=count, epsilon=epsilon)
+        integers, largest, total, *kept = outputs
+        for each in kept:
+            _take_place(each, rows)
         for old in norm.outputs[3:]:
-            total.name, total.shape, total.dtype = f"{old.name}.fused", old.shape, old.dtype
-            ir.convenience.replace_all_uses_with(old, total)
+            _take_place(total, old)
         return integers, largest
+
+
+class _ScaledLoraRule(pattern.RewriteRuleClassBase):  # type: ignore[misc]
+    """An adapter added behind the scaling of a product of integers -> in front of it, where kernels take both."""
+
+    def __init__(self) -> None:
+        super().__init__(name="use_kernels LoraAdd", remove_nodes=False)
+
+    def pattern(self, op: Any, product: Any, largest: Any) -> Any:
+        scaled = op.Mul(product, largest, _outputs=["scaled"])
+        return op.LoraAdd(
+            scaled, _domain=DOMAIN, _allow_other_inputs=True, _allow_other_attributes=True, _outputs=["y"]
+        )
+
+    def check(self, context: Any, scaled: ir.Value, **_: Any) -> Any:
+        result = pattern.MatchResult()
+        return result if _scaled(scaled) is not None and len(scaled.uses()) == 1 else result.fail()
+
+    def rewrite(self, op: Any, product: ir.Value, largest: ir.Value, y: ir.Value, **_: Any) -> Any:
+        node = y.producer()
+        assert node is not None
+        names = [f"{y.name}.by_largest"]
+        added = op.LoraAdd(product, *node.inputs[1:], largest, _domain=DOMAIN, _outputs=names, **node.attributes)
+        # Equal shapes let ONNX Runtime put the sum where the product is, which it does not know of its own operator.
+        for value in (product, added):
+            value.shape, value.type = y.shape, y.type
+        return op.Mul(added, largest)
+
+
+def _others(rows: ir.Value, *, but: int) -> list[ir.Node]:
+    """What reads ``rows`` besides ``but`` others, and is no adapter."""
+    readers = [use.node for use in rows.uses() if use.node.op_type != "LoraAdd"]
+    return readers[but:]
+
+
+def _take_place(new: ir.Value, old: ir.Value) -> None:
+    """Let all that reads ``old`` read ``new``, which is the same."""
+    new.name, new.shape, new.type = f"{old.name}.fused", old.shape, old.type
+    ir.convenience.replace_all_uses_with(old, new)
 
 
 def _scaled(value: ir.Value | None) -> tuple[ir.Value, ir.Value] | None:
@@ -152,7 +197,12 @@ def _scaled(value: ir.Value | None) -> tuple[ir.Value, ir.Value] | None:
     if scaling is None:
         return None
     product, largest = scaling.inputs
-    if producer(product, "MatMulIntegerToFloat") is None or product is None or largest is None:
+    adapted = producer(product, "LoraAdd")
+    if (
+        producer(product if adapted is None else adapted.inputs[0], "MatMulIntegerToFloat") is None
+        or product is None
+        or largest is None
+    ):
         return None
     shape = scaling.outputs[0].shape  # the product's own, which the kernel's operator does not tell
     if shape is None or largest.shape is None or shape[:-1] != largest.shape[:-1] or largest.shape[-1] != 1:
@@ -185,6 +235,6 @@ class UseKernels(GraphPass):
 
     def run(self, graph: ir.Model, context: PassContext) -> ir.Model:
         """See ``GraphPass.run``."""
-        singles = [_AttentionRule.rule(), _RoundingRule.rule()]
+        singles = [_AttentionRule.rule(), _RoundingRule.rule(), _ScaledLoraRule.rule()]
         apply_groups(graph, [singles, [_GatedRule.rule(), _NormedRule.rule()]], context)
         return graph

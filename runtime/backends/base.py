@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llmopt.optimizer.manifest import Engine
+from llmopt.runtime.backends.adapter_memory import AdapterMemory
 
 __all__ = ["Backend", "ExecutionError", "FloatArray", "IntArray"]
 
@@ -30,6 +31,8 @@ class Backend(Protocol):
     engine: Engine
     slots: int
     capacity: int
+    adapters: AdapterMemory | None
+    """Where adapters lie, and which of them the sequences of the next call have; None where the engine takes none."""
 
     def prefill(self, slot: int, ids: IntArray, start: int, rows: IntArray) -> FloatArray:
         """Write a chunk of one sequence behind the ``start`` tokens that its slot already holds.

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from llmopt.optimizer import kernels
 from llmopt.optimizer.errors import InputError, UnsupportedError
 from llmopt.optimizer.manifest import Engine
+from llmopt.runtime.backends.adapter_memory import INPUTS, AdapterMemory
 from llmopt.runtime.backends.base import ExecutionError, FloatArray, IntArray
 from llmopt.runtime.backends.session import Provider, check_features, open_session, ort_errors
 from llmopt.runtime.backends.slot_pool import GpuPool, HostPool, SlotPool, aligned_zeros
@@ -86,6 +87,7 @@ class OnnxRuntimeBackend:
         self.engine = engine
         self.slots = slots
         self.capacity = capacity
+        self.adapters = None if engine.lora is None else AdapterMemory(engine.lora, sequences=slots)
         self._session = session
         self._errors = ort_errors()
         self._cache_names = _match(session, engine)
@@ -167,6 +169,9 @@ class OnnxRuntimeBackend:
             address = pool.address(tensor, first)
             binding.bind_input(past, *where, address)
             binding.bind_output(present, *where, address)
+        if self.adapters is not None:
+            for name, array in self.adapters.inputs(count).items():
+                binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         return binding
 
     def _bind_decode(self, count: int) -> Any:
@@ -238,7 +243,8 @@ def _match(session: Any, engine: Engine) -> list[tuple[str, str]]:
         raise UnsupportedError(f"the engine and its manifest disagree about {', '.join(names)}", hint="build it again")
     pasts = [t.name for t in engine.inputs if t.name.startswith("past.")]
     pairs = [(name, "present." + name.removeprefix("past.")) for name in pasts]
-    contract = {_IDS, _LENGTHS, _ROWS, *pasts}, {_LOGITS, *(present for _, present in pairs)}
+    adapters = () if engine.lora is None else INPUTS
+    contract = {_IDS, _LENGTHS, _ROWS, *adapters, *pasts}, {_LOGITS, *(present for _, present in pairs)}
     if described != contract:
         raise UnsupportedError(f"{engine.path} does not follow version 1 of the engine contract")
     return pairs

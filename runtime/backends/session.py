@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeAlias
 from llmopt.optimizer import kernels
 from llmopt.optimizer.errors import InputError, MissingExtraError, UnsupportedError
 from llmopt.optimizer.instructions import VNNI, host_instructions
+from llmopt.optimizer.manifest import LORA_FEATURE
 
 __all__ = ["PROVIDERS", "Provider", "ProviderName", "check_features", "onnxruntime_with", "open_session", "ort_errors"]
 
@@ -28,7 +29,7 @@ PROVIDERS: Mapping[ProviderName, str] = {
 }
 """What the command line calls an execution provider, and what ONNX Runtime does."""
 
-_KNOWN_FEATURES = frozenset({"int8_kv", kernels.FEATURE, VNNI, "tensorrt", "tensorrt_rtx"})
+_KNOWN_FEATURES = frozenset({"int8_kv", kernels.FEATURE, VNNI, LORA_FEATURE, "tensorrt", "tensorrt_rtx"})
 
 _OF_LENGTHS = frozenset(
     {"Add", "Cast", "Concat", "Gather", "Max", "Range", "ReduceMax", "Reshape", "Shape", "Size", "Slice", "Squeeze"}

@@ -17,6 +17,7 @@ import numpy as np
 
 from llmopt.optimizer.errors import InputError, ResourceError, UnsupportedError
 from llmopt.optimizer.manifest import Engine
+from llmopt.runtime.backends.adapter_memory import AdapterMemory
 from llmopt.runtime.backends.base import ExecutionError, FloatArray, IntArray
 from llmopt.runtime.backends.device import Device, open_device
 from llmopt.runtime.backends.tensorrt_program import DECODE, PREFILL, Program, open_program
@@ -68,6 +69,7 @@ class TensorRTBackend:
     def __init__(self, program: Program, engine: Engine, device: Device, *, slots: int, graphs: bool) -> None:
         self.engine = engine
         self.slots = slots
+        self.adapters: AdapterMemory | None = None
         self.capacity = engine.capacity
         self._program = program
         self._device = device

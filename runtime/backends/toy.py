@@ -9,7 +9,8 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from llmopt.optimizer.manifest import Engine
+from llmopt.optimizer.manifest import Engine, LoraModule, LoraSlots
+from llmopt.runtime.backends.adapter_memory import AdapterMemory
 from llmopt.runtime.backends.base import FloatArray, IntArray
 
 __all__ = ["ToyBackend", "toy_engine", "toy_logits"]
@@ -17,8 +18,11 @@ __all__ = ["ToyBackend", "toy_engine", "toy_logits"]
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
-def toy_engine(*, vocab_size: int = 64, capacity: int = 128, max_chunk: int = 16, min_chunk: int = 2) -> Engine:
-    """The manifest entry of a toy engine."""
+def toy_engine(
+    *, vocab_size: int = 64, capacity: int = 128, max_chunk: int = 16, min_chunk: int = 2, adapters: int = 0
+) -> Engine:
+    """The manifest entry of a toy engine; its adapters are a number each, ``down`` of the linear ``toy``."""
+    module = LoraModule(name="toy", inputs=1, outputs=1, down=0, up=1)
     return Engine(
         exporter="toy",
         target="toy",
@@ -33,11 +37,12 @@ def toy_engine(*, vocab_size: int = 64, capacity: int = 128, max_chunk: int = 16
         capacity=capacity,
         max_chunk=max_chunk,
         min_chunk=min_chunk,
+        lora=LoraSlots(max_rank=1, slots=adapters, modules=[module]) if adapters else None,
     )
 
 
 class ToyBackend:
-    """The "cache" is the tokens themselves, int64 ``[slots, capacity]``.
+    """The "cache" is the tokens themselves and the adapter they were written with, int64 ``[slots, capacity]``.
 
     Args:
         engine: As made by ``toy_engine``.
@@ -51,6 +56,7 @@ class ToyBackend:
         self.engine = engine
         self.slots = slots
         self.capacity = engine.capacity
+        self.adapters = None if engine.lora is None else AdapterMemory(engine.lora, sequences=slots)
         self._cache = np.full((slots, engine.capacity), -1, np.int64)
         self._before_run = before_run
 
@@ -59,7 +65,7 @@ class ToyBackend:
         self._before_run("prefill", range(slot, slot + 1))
         if not 0 < len(ids) <= self.engine.max_chunk or start + len(ids) > self.capacity:
             raise ValueError(f"a chunk of {len(ids)} tokens at {start}")
-        self._cache[slot, start : start + len(ids)] = ids
+        self._cache[slot, start : start + len(ids)] = ids + self._adapted(1)
         return np.array([self._logits(slot, start + row + 1) for row in rows], np.float32).reshape(
             len(rows), self.engine.vocab_size
         )
@@ -68,7 +74,7 @@ class ToyBackend:
         """See ``Backend.decode``."""
         count = len(ids)
         self._before_run("decode", range(count))
-        self._cache[np.arange(count), lengths] = ids
+        self._cache[np.arange(count), lengths] = ids + self._adapted(count)
         return np.array([self._logits(slot, int(lengths[slot]) + 1) for slot in range(count)], np.float32)
 
     def copy_prefix(self, source: int, destination: int, length: int) -> None:
@@ -78,6 +84,15 @@ class ToyBackend:
     def drop(self, slot: int) -> None:
         """Forget a slot, so that reading it again shows in the results."""
         self._cache[slot] = -1
+
+    def _adapted(self, count: int) -> IntArray:
+        """What the adapters of the next call's sequences add to their tokens, int64 ``[count]``."""
+        if self.adapters is None:
+            return np.zeros(count, np.int64)
+        chosen, factors, ranks = self.adapters.inputs(count).values()
+        numbers = np.concatenate([[0], np.where(ranks[:, 0] > 0, factors[:, 0], 0)]).astype(np.int64)
+        added: IntArray = numbers[chosen] * self.engine.vocab_size
+        return added
 
     def _logits(self, slot: int, length: int) -> npt.NDArray[np.float32]:
         """float32 ``[vocab]``, from the first ``length`` tokens of ``slot``."""

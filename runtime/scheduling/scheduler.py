@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from llmopt.runtime.backends.base import IntArray
+from llmopt.runtime.scheduling.adapter_slots import AdapterLoad, AdapterSlots
 from llmopt.runtime.scheduling.slots import Copy, Held, SlotPool
 from llmopt.runtime.scheduling.waiting import WaitingLine
 
@@ -27,6 +28,7 @@ class Limits:
         max_chunk: Most tokens of one prefill call.
         min_chunk: Fewest tokens of a prefill call, unless the prompt is shorter: smaller ones are not bit-exact.
         shares: Whether prompts may begin with what other requests wrote.
+        adapters: Adapters that are in memory at the same time.
     """
 
     slots: int
@@ -34,6 +36,7 @@ class Limits:
     max_chunk: int
     min_chunk: int
     shares: bool = True
+    adapters: int = 0
 
     def __post_init__(self) -> None:
         """Check that every prompt can be cut into chunks."""
@@ -60,6 +63,8 @@ class Prompt:
         namespace: It may begin with what requests of the same one wrote.
         is_scored: Whether the logits of all its tokens are wanted: then nothing can be taken from others.
         max_chunk: A smaller limit for its chunks.
+        adapter: Whose changes of the model it is for; None is nobody's. What others wrote for another adapter is of no
+            use to it: that is for ``namespace`` to say.
     """
 
     ids: IntArray
@@ -69,6 +74,7 @@ class Prompt:
     namespace: Hashable = None
     is_scored: bool = False
     max_chunk: int | None = None
+    adapter: Hashable = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +82,7 @@ class Chunk(Generic[T]):
     """Tokens ``start .. start+length-1`` of a prompt, to be written to ``slot`` after ``copies``.
 
     ``cached`` of the tokens before it, all of them, were found in the pool; 0 but for the first chunk of a prompt.
+    ``adapter`` is the slot of the request's, 0 where it has none; ``load`` comes before the first chunk that needs it.
     """
 
     request: T
@@ -85,6 +92,8 @@ class Chunk(Generic[T]):
     completes: bool
     copies: tuple[Copy, ...] = ()
     cached: int = 0
+    adapter: int = 0
+    load: AdapterLoad[Hashable] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,11 +104,13 @@ class Step(Generic[T]):
         chunks: Prefill calls.
         decoding: The requests in the slots that decode, in slot order.
         lengths: How many tokens each of them holds.
+        adapters: The slots of their adapters; 0 is none.
     """
 
     chunks: tuple[Chunk[T], ...]
     decoding: tuple[T, ...]
     lengths: tuple[int, ...]
+    adapters: tuple[int, ...]
 
 
 @dataclass(slots=True, eq=False)
@@ -107,6 +118,7 @@ class _Entry(Generic[T]):
     request: T
     prompt: Prompt
     held: Held
+    adapter: int
 
     @property
     def is_ready(self) -> bool:
@@ -116,7 +128,9 @@ class _Entry(Generic[T]):
 class Scheduler(Generic[T]):
     """Decode rows join every step, and prompts share what a step may write besides, one after the other.
 
-    Every request reserves a whole slot, so one that was admitted can never run out of room.
+    Every request reserves a whole slot, so one that was admitted can never run out of room; its adapter stays in memory
+    until it has ended. While the request that is next waits for an adapter's slot, others whose adapters are in memory
+    pass it, except for those of the one adapter that is to make room: so it waits for that one's running requests only.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -125,6 +139,7 @@ class Scheduler(Generic[T]):
         self._prompts: dict[T, Prompt] = {}
         self._running: list[_Entry[T]] = []
         self._pool = SlotPool(limits.slots, shares=limits.shares)
+        self._adapters: AdapterSlots[Hashable] = AdapterSlots(limits.adapters)
 
     @property
     def has_work(self) -> bool:
@@ -146,6 +161,15 @@ class Scheduler(Generic[T]):
         """The books of the slots, to be read."""
         return self._pool
 
+    @property
+    def adapters(self) -> AdapterSlots[Hashable]:
+        """The books of the adapters, to be read."""
+        return self._adapters
+
+    def forget_adapter(self, adapter: Hashable) -> bool:
+        """Take an adapter for not loaded, unless a request runs with it; whether that was done."""
+        return self._adapters.forget(adapter)
+
     def add(self, request: T, prompt: Prompt) -> None:
         """Queue a request, which is anything that is equal to itself alone."""
         self._prompts[request] = prompt
@@ -160,11 +184,12 @@ class Scheduler(Generic[T]):
         """
         ready = [entry for entry in self._running if entry.is_ready]
         lengths = tuple(entry.held.length for entry in ready)
+        adapters = tuple(entry.adapter for entry in ready)
         chunks = self._plan_chunks(max(budget or self._limits.max_chunk, self._limits.least_budget))
         for entry in ready:
             entry.held.length += 1
             self._line.charge(entry.request, 1)
-        return Step(tuple(chunks), tuple(entry.request for entry in ready), lengths)
+        return Step(tuple(chunks), tuple(entry.request for entry in ready), lengths, adapters)
 
     def advance(self, request: T, tokens: int) -> None:
         """Count ``tokens`` more as written than ``plan`` said: they were guessed, and guessed right."""
@@ -184,10 +209,12 @@ class Scheduler(Generic[T]):
             The copies, in this order, that keep it and close the gap it leaves.
         """
         self._line.remove(request)
-        del self._prompts[request]
+        prompt = self._prompts.pop(request)
         place = next((i for i, entry in enumerate(self._running) if entry.request == request), None)
         if place is None:
             return ()
+        if prompt.adapter is not None:
+            self._adapters.release(prompt.adapter)
         held = self._running[place].held
         if keep and written is not None:
             self._pool.share(held, written)
@@ -212,13 +239,13 @@ class Scheduler(Generic[T]):
         chunks: list[Chunk[T]] = []
         while True:
             copies: tuple[Copy, ...] = ()
-            cached = 0
+            cached, load = 0, None
             entry = self._running[-1] if self._running and not self._running[-1].is_ready else None
             if entry is None:
                 # Any prompt can begin with the least budget: nobody gets a slot who cannot use it in this step.
                 if budget < self._limits.least_budget or (admitted := self._admit()) is None:
                     return chunks
-                entry, copies = admitted
+                entry, copies, load = admitted
                 cached = entry.held.length
             held, total = entry.held, len(entry.prompt.ids)
             length = _chunk(total - held.length, min(budget, self._most(entry.prompt)), self._limits.min_chunk)
@@ -230,19 +257,40 @@ class Scheduler(Generic[T]):
             self._line.charge(entry.request, length)
             if entry.is_ready:
                 self._pool.share(held, entry.prompt.ids)
-            chunks.append(Chunk(entry.request, held.slot, start, length, entry.is_ready, copies, cached))
+            chunks.append(
+                Chunk(entry.request, held.slot, start, length, entry.is_ready, copies, cached, entry.adapter, load)
+            )
 
-    def _admit(self) -> tuple[_Entry[T], tuple[Copy, ...]] | None:
-        request = self._line.next()
-        if request is None or len(self._running) >= self._limits.running:
+    def _admit(self) -> tuple[_Entry[T], tuple[Copy, ...], AdapterLoad[Hashable] | None] | None:
+        request = self._next() if len(self._running) < self._limits.running else None
+        if request is None:
             return None
         self._line.admit(request)
         prompt = self._prompts[request]
         most = 0 if prompt.is_scored else len(prompt.ids) - self._limits.min_chunk
         admission = self._pool.admit(prompt.ids, prompt.namespace, most=most)
-        entry = _Entry(request, prompt, admission.held)
+        load = None if prompt.adapter is None else self._adapters.take(prompt.adapter)
+        slot = 0 if prompt.adapter is None else self._adapters.slot_of(prompt.adapter)
+        entry = _Entry(request, prompt, admission.held, slot)
         self._running.append(entry)
-        return entry, admission.copies
+        return entry, admission.copies, load
+
+    def _next(self) -> T | None:
+        """Who gets a slot."""
+        first = self._line.next()
+        if first is None or self._may_begin(first):
+            return first
+        spared = self._adapters.spared()
+
+        def may(request: T) -> bool:
+            adapter = self._prompts[request].adapter
+            return adapter is None or (adapter in self._adapters.resident and adapter != spared)
+
+        return self._line.next_of(may)
+
+    def _may_begin(self, request: T) -> bool:
+        adapter = self._prompts[request].adapter
+        return adapter is None or self._adapters.has_room(adapter)
 
     def _most(self, prompt: Prompt) -> int:
         """Tokens of one of its chunks."""

@@ -1,16 +1,19 @@
 """The order in which requests get slots: fair among tenants, then by priority, then by arrival."""
 
 import heapq
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-__all__ = ["AGEING", "WaitingLine"]
+__all__ = ["AGEING", "LOOKED_AT", "WaitingLine"]
 
 T = TypeVar("T", bound=Hashable)
 
 AGEING = 10_000
 """Milliseconds of waiting that are worth one step of priority."""
+
+LOOKED_AT = 64
+"""Requests of a tenant that may pass those that cannot begin."""
 
 
 @dataclass(slots=True)
@@ -66,6 +69,12 @@ class WaitingLine(Generic[T]):
         """Who is next, left in the line; None when nobody waits."""
         fronts = [(each.spent, *each.waiting[0]) for each in self._tenants.values() if each.waiting]
         return min(fronts, key=lambda front: front[:3])[3] if fronts else None
+
+    def next_of(self, may: Callable[[T], bool]) -> T | None:
+        """Who is next of those that ``may`` begin, among the first ``LOOKED_AT`` of each tenant; left in the line."""
+        tenants = sorted((each for each in self._tenants.values() if each.waiting), key=lambda each: each.spent)
+        fronts = (entry for each in tenants for entry in heapq.nsmallest(LOOKED_AT, each.waiting))
+        return next((request for _, _, request in fronts if may(request)), None)
 
     def admit(self, request: T) -> None:
         """Take a request out of the line; it is still one of its tenant's."""

@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from starlette.applications import Starlette
 from starlette.routing import Route
 
+from llmopt.runtime.server.adapters import load_adapter, unload_adapter
 from llmopt.runtime.server.chat import chat
 from llmopt.runtime.server.completions import complete
 from llmopt.runtime.server.embeddings import EmbeddingService, embed
@@ -25,6 +26,8 @@ def create_app(service: Service | EmbeddingService) -> Starlette:
         answering = [
             Route("/v1/completions", complete, methods=["POST"]),
             Route("/v1/chat/completions", chat, methods=["POST"]),
+            Route("/v1/load_lora_adapter", load_adapter, methods=["POST"]),
+            Route("/v1/unload_lora_adapter", unload_adapter, methods=["POST"]),
             Route("/metrics", metrics),
         ]
 

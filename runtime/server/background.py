@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
 from llmopt.runtime.server.errors import ApiError
@@ -30,6 +30,11 @@ class LoadedInBackground(ABC, Generic[Loaded]):
         self.failure: BaseException | None = None
         self._load = load
         self._on_failure = on_failure
+
+    @property
+    def adapter_names(self) -> Sequence[str]:
+        """What it answers to besides ``model_name``: adapters of the model."""
+        return ()
 
     @abstractmethod
     def _loaded(self, loaded: Loaded, loop: asyncio.AbstractEventLoop) -> None:

@@ -9,9 +9,9 @@ from starlette.responses import JSONResponse, Response
 
 from llmopt.runtime.request import Event, Request
 from llmopt.runtime.sampler import TokenLogprob
+from llmopt.runtime.server.adapters import chosen_adapter
 from llmopt.runtime.server.answers import Answer, engine_error, event_stream, finite
 from llmopt.runtime.server.constraints import grammar_of
-from llmopt.runtime.server.models import check_model
 from llmopt.runtime.server.prompts import completion_parts, completion_prompts, make_requests
 from llmopt.runtime.server.protocol import CompletionBody, parse
 from llmopt.runtime.server.service import Service
@@ -24,10 +24,10 @@ async def complete(http: HttpRequest) -> Response:
     """The endpoint."""
     service: Service = http.app.state.service
     body = parse(CompletionBody, await http.json())
-    check_model(service, body.model)
+    adapter = chosen_adapter(service, body.model)
     grammar = await grammar_of(body, service.build.grammars)
     prompts = completion_prompts(body, service.build)
-    requests = make_requests(body, prompts, service.build, timeout=service.timeout, grammar=grammar)
+    requests = make_requests(body, prompts, service.build, timeout=service.timeout, grammar=grammar, adapter=adapter)
     service.check_room(requests)
     choices = [_Choice(i, request, body, service.build.tokenizer) for i, request in enumerate(requests)]
     answer = Answer("text_completion", "cmpl", body, service)

@@ -85,6 +85,7 @@ class _Counted(Collector):
         gauges = (
             ("vllm:num_requests_running", "Requests that have a slot.", counted.running),
             ("vllm:num_requests_waiting", "Requests that have none yet.", counted.waiting),
+            ("llmopt:adapters_in_use", "Adapters that running requests have.", counted.adapters_in_use),
             ("vllm:kv_cache_usage_perc", "Share of the running slots that is full.", full),
         )
         counters = (
@@ -94,6 +95,7 @@ class _Counted(Collector):
             ("vllm:prefix_cache_hits", "Tokens of prompts that were shared.", counted.cached_tokens),
             ("vllm:spec_decode_num_draft_tokens", "Tokens that were guessed.", counted.drafted_tokens),
             ("vllm:spec_decode_num_accepted_tokens", "Guesses that were right.", counted.accepted_tokens),
+            ("llmopt:adapter_loads", "How often an adapter was read into memory.", counted.adapter_loads),
             ("llmopt:steps", "Steps of the engine.", counted.steps),
         )
         for name, text, value in gauges:
@@ -111,6 +113,12 @@ class _Counted(Collector):
         for kind, value in (("prefill", counted.prefill_seconds), ("decode", counted.decode_seconds), ("runtime", own)):
             seconds.add_metric([self._model_name, kind], value)
         yield seconds
+        adapted = CounterMetricFamily(
+            "llmopt:adapter_requests", "Requests that began with an adapter.", labels=["model_name", "adapter"]
+        )
+        for adapter, count in tuple(counted.adapter_requests.items()):
+            adapted.add_metric([self._model_name, adapter], count)
+        yield adapted
         finished = CounterMetricFamily(
             "vllm:request_success", "Requests that have ended.", labels=["model_name", "finished_reason"]
         )

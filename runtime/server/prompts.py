@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from llmopt.optimizer.lora.adapter_file import AdapterFile
 from llmopt.runtime.build import Build
 from llmopt.runtime.request import Generation, Request, Sender
 from llmopt.runtime.sampler import Sampling
@@ -88,6 +89,7 @@ def make_requests(
     *,
     timeout: float | None = None,
     grammar: Grammar | None = None,
+    adapter: AdapterFile | None = None,
 ) -> list[Request]:
     """``n`` requests for each prompt, checked against the model's vocabulary and context.
 
@@ -97,6 +99,7 @@ def make_requests(
         build: Who answers.
         timeout: Seconds that each may take; None is no limit.
         grammar: What each answer has to obey.
+        adapter: Whose changes of the model answer.
 
     Raises:
         ApiError: 400 for a token outside of the vocabulary.
@@ -123,6 +126,7 @@ def make_requests(
                 ),
                 sender=sender,
                 guide=None if grammar is None else grammar.copy(),
+                adapter=adapter,
             )
             request.check(build.backend.capacity, vocab)
             made.append(request)

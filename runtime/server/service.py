@@ -51,11 +51,13 @@ class Conduct:
         policy: Of its engine, made when the build has been opened.
         limits: How much may be unfinished.
         timeout: Seconds that a request may take; None is no limit.
+        admin_key: Lets its holder load and unload adapters; None lets nobody.
     """
 
     policy: Callable[[Build], Policy] = default_policy
     limits: QueueLimits = field(default_factory=QueueLimits)
     timeout: float | None = None
+    admin_key: str | None = None
 
 
 class Service(LoadedInBackground[Build]):
@@ -154,6 +156,16 @@ class Service(LoadedInBackground[Build]):
         self._check_loaded(is_loaded=self._metrics is not None)
         assert self._metrics is not None
         return self._metrics
+
+    @property
+    def adapter_names(self) -> Sequence[str]:
+        """Of the build's adapters that can be told from the model itself."""
+        return [name for name in self.build.adapters.names if name != self.model_name]
+
+    @property
+    def admin_key(self) -> str | None:
+        """Lets its holder load and unload adapters; None lets nobody."""
+        return self._conduct.admin_key
 
     @property
     def timeout(self) -> float | None:

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from llmopt.optimizer.errors import InputError
+from llmopt.optimizer.lora.adapter_file import ModuleFactors, write_adapter
 from llmopt.runtime.backends.base import ExecutionError
 from llmopt.runtime.backends.toy import ToyBackend, toy_engine
 from llmopt.runtime.engine import Engine, EngineClosedError, QueueFullError, QueueLimits
@@ -25,7 +26,7 @@ def tokenizer(byte_tokenizer):
 class Asked:
     """A request and everything that was said about it."""
 
-    def __init__(self, tokenizer, prompt, *, stop=(), sender=None, guide=None, **generation):
+    def __init__(self, tokenizer, prompt, *, stop=(), sender=None, guide=None, adapter=None, **generation):
         self.events = []
         self.done = threading.Event()
         options = {"max_tokens": 10, "sampling": Sampling(temperature=0)} | generation
@@ -36,6 +37,7 @@ class Asked:
             receive=self._receive,
             sender=sender,
             guide=guide,
+            adapter=adapter,
         )
 
     def _receive(self, event):
@@ -493,3 +495,121 @@ def test_what_was_done_is_counted(tokenizer):
     assert (counted.prompt_tokens, counted.cached_tokens, counted.generated_tokens) == (80, 38, 10)
     assert (counted.running, counted.waiting, counted.held_tokens) == (0, 0, 0)
     assert counted.step_seconds >= counted.prefill_seconds + counted.decode_seconds > 0
+
+
+@pytest.fixture
+def adapter_of(tmp_path):
+    """``adapter_of(name, number)``: an adapter of the toy, which is a number."""
+
+    def make(name, number):
+        factors = ModuleFactors(np.array([[number]], np.float32), np.zeros((1, 1), np.float32))
+        return write_adapter(name, tmp_path / f"{name}.safetensors", {"toy": factors})
+
+    return make
+
+
+def adapted_backend(adapters=2, slots=4, **options):
+    return ToyBackend(toy_engine(vocab_size=VOCAB, capacity=96, adapters=adapters), slots=slots, **options)
+
+
+def alone(tokenizer, prompt, adapter, **options):
+    """What an engine answers that has nothing else to do."""
+    engine, asked = Engine(adapted_backend()), Asked(tokenizer, prompt, adapter=adapter, **options)
+    engine.submit(asked.request)
+    while engine.step():
+        pass
+    return asked.tokens
+
+
+def test_more_adapters_than_slots_answer_as_if_each_were_alone(tokenizer, adapter_of):
+    adapters = [None, *(adapter_of(f"a{number}", number) for number in range(1, 6))]
+    rng = random.Random(0)
+    # Many begin alike, and few with one adapter.
+    prompts = [[*range(30), *(rng.randrange(VOCAB) for _ in range(rng.randint(1, 30)))] for _ in range(40)]
+    engine = Engine(adapted_backend(adapters=2))
+    asked = [Asked(tokenizer, prompt, adapter=adapters[i % 6]) for i, prompt in enumerate(prompts)]
+    for each in asked:
+        engine.submit(each.request)
+        engine.step()
+    while engine.step():
+        assert engine.statistics.adapters_in_use <= 2
+    for i, (each, prompt) in enumerate(zip(asked, prompts, strict=True)):
+        assert each.tokens == alone(tokenizer, prompt, adapters[i % 6])
+    statistics = engine.statistics
+    assert statistics.cached_tokens > 0
+    assert statistics.adapter_loads >= 5
+    assert statistics.adapter_requests == {f"a{number}": 7 if number < 4 else 6 for number in range(1, 6)}
+
+
+def test_what_was_computed_with_one_adapter_is_not_begun_with_by_another(tokenizer, adapter_of):
+    first, second = adapter_of("first", 1), adapter_of("second", 2)
+    engine, prompt = Engine(adapted_backend()), list(range(40))
+    found = []
+    for adapter in (None, first, second, first, None):
+        asked = Asked(tokenizer, prompt, adapter=adapter)
+        engine.submit(asked.request)
+        while engine.step():
+            pass
+        assert asked.tokens == alone(tokenizer, prompt, adapter)
+        found.append(asked.request.cached_tokens)
+    assert found[:3] == [0, 0, 0]
+    assert min(found[3:]) > 30
+
+
+def test_an_adapter_that_cannot_be_read_ends_its_own_requests(tokenizer, adapter_of):
+    broken, sound = adapter_of("broken", 1), adapter_of("sound", 2)
+    content = broken.path.read_bytes()
+    broken.path.write_bytes(content[:-4] + b"oops")
+    engine = Engine(adapted_backend())
+    asked = [
+        Asked(tokenizer, [1, 2, 3, number], adapter=each) for number, each in enumerate((broken, broken, sound, None))
+    ]
+    for each in asked:
+        engine.submit(each.request)
+    while engine.step():
+        pass
+    assert [each.finish for each in asked] == ["error", "error", "length", "length"]
+    assert "was changed since it was added" in asked[0].events[-1].error
+    broken.path.write_bytes(content)
+    again = Asked(tokenizer, [1, 2, 3], adapter=broken)
+    engine.submit(again.request)
+    while engine.step():
+        pass
+    assert again.tokens == alone(tokenizer, [1, 2, 3], broken)
+
+
+def test_an_engine_that_takes_no_adapters_refuses_requests_with_one(tokenizer, adapter_of):
+    with pytest.raises(InputError, match="takes no adapters"):
+        Engine(backend()).submit(Asked(tokenizer, [1], adapter=adapter_of("a", 1)).request)
+
+
+def test_guessed_tokens_are_verified_with_the_adapter(tokenizer, adapter_of):
+    class Fives:
+        most_sequences = 2
+
+        def propose(self, ids, most):
+            return [5] * most
+
+    adapter, prompt = adapter_of("a", 3), [1, 2, 3, 4] * 6
+    guessed = Speculation(Fives())
+    engine = Engine(adapted_backend(), policy=Policy(is_exact=False, speculation=guessed))
+    asked = [Asked(tokenizer, prompt, adapter=each, max_tokens=30) for each in (adapter, None)]
+    for each in asked:
+        engine.submit(each.request)
+        while engine.step():
+            pass
+    assert engine.statistics.drafted_tokens > 0
+    assert [each.tokens for each in asked] == [
+        alone(tokenizer, prompt, each, max_tokens=30) for each in (adapter, None)
+    ]
+
+
+def test_an_engine_knows_which_adapters_are_in_use(tokenizer, adapter_of):
+    adapter, engine = adapter_of("a", 1), Engine(adapted_backend())
+    asked = Asked(tokenizer, [1, 2], adapter=adapter)
+    assert not engine.uses(adapter)
+    engine.submit(asked.request)
+    assert engine.uses(adapter)
+    while engine.step():
+        pass
+    assert not engine.uses(adapter)

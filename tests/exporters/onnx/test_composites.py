@@ -11,6 +11,7 @@ from llmopt.exporters.onnx.composites import (
     DOMAIN,
     OPSET,
     experts,
+    lora_add,
     quantize_dequantize_fp8_per_group,
     quantize_dequantize_fp8_per_token,
     quantize_dequantize_per_token,
@@ -239,3 +240,31 @@ def test_the_shares_of_far_apart_scores_are_finite(numbers):
     (found,) = run(experts("silu"), inputs, top_k=2, normalize=1)
     expected = naive_experts(*inputs.values(), activation="silu", top_k=2, normalize=True)
     np.testing.assert_allclose(found, expected, atol=1e-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_lora_add_changes_each_row_by_its_own_adapter(numbers, biased):
+    max_rank, inputs, columns, first = 5, 8, 6, 3
+    size = 2 + max_rank * inputs + (max_rank + biased) * columns
+    adapters, ranks = np.array([[[2], [0], [1]], [[3], [2], [2]]]), np.array([[9, 5], [9, 2], [9, 0]])
+    given = {
+        "y": numbers(2, 3, 12),
+        "x": numbers(2, 3, inputs),
+        "adapters": adapters,
+        "factors": numbers(3, size),
+        "ranks": ranks,
+        "part": np.array([[1, 2, 2 + max_rank * inputs, first, columns, int(biased)]]),
+    }
+    expected = given["y"].astype(np.float64)
+    for place in np.ndindex(2, 3):
+        slot = adapters[place][0]
+        if slot == 0 or ranks[slot - 1, 1] == 0:
+            continue
+        rank, own = ranks[slot - 1, 1], given["factors"][slot - 1].astype(np.float64)
+        down = own[2:][: rank * inputs].reshape(rank, inputs)
+        up = own[2 + max_rank * inputs :][: rank * columns].reshape(rank, columns)
+        expected[place][first : first + columns] += up.T @ (down @ given["x"][place])
+        if biased:
+            expected[place][first : first + columns] += own[-columns:]
+    (found,) = run(lora_add(biased=biased), given, max_rank=max_rank)
+    np.testing.assert_allclose(found, expected, atol=1e-4)  # sums of 40 float32 products of up to 10

@@ -12,6 +12,7 @@ from llmopt.optimizer import kernels
 
 _TYPES = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.int8): TensorProto.INT8}
 _TYPES |= {np.dtype(np.int32): TensorProto.INT32, np.dtype(np.uint8): TensorProto.UINT8}
+_TYPES |= {np.dtype(np.int64): TensorProto.INT64}
 
 
 @pytest.fixture(scope="session")

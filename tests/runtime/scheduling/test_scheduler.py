@@ -17,11 +17,15 @@ class Memory:
         self.scheduler = Scheduler(limits)
         self.prompts = {}
         self.answers = {}
+        self.adapter_of = {}
+        self.adapters = {0: None}
+        self.loads = 0
         self.copied = 0
         self.decoded = 0
 
     def add(self, request, ids, **options):
         self.prompts[request], self.answers[request] = ids, []
+        self.adapter_of[request] = options.get("adapter")
         self.scheduler.add(request, Prompt(ids=np.array(ids), **options))
 
     def copy(self, copies):
@@ -35,6 +39,8 @@ class Memory:
         assert sum(chunk.length for chunk in step.chunks) <= most
         for chunk in step.chunks:
             self.write(chunk)
+        for request, adapter in zip(step.decoding, step.adapters, strict=True):
+            assert self.adapters[adapter] == self.adapter_of[request]
         for slot, (request, length) in enumerate(zip(step.decoding, step.lengths, strict=True)):
             del self.slots[slot][length:]
             assert self.slots[slot] == self.prompts[request] + self.answers[request]
@@ -45,6 +51,9 @@ class Memory:
         return step
 
     def write(self, chunk):
+        if chunk.load is not None:
+            self.load(chunk.load)
+        assert self.adapters[chunk.adapter] == self.adapter_of[chunk.request]
         self.copy(chunk.copies)
         prompt = self.prompts[chunk.request]
         assert chunk.length >= min(self.limits.min_chunk, len(prompt))
@@ -54,6 +63,13 @@ class Memory:
         assert chunk.completes == (self.slots[chunk.slot] == prompt)
         assert chunk.cached in (0, chunk.start)
         self.copied += chunk.cached
+
+    def load(self, load):
+        """That nobody who runs loses its adapter shows at its next chunk or token."""
+        assert 0 < load.slot <= self.limits.adapters
+        assert load.adapter not in self.adapters.values()
+        self.adapters[load.slot] = load.adapter
+        self.loads += 1
 
     def remove(self, request, *, keep=True, shares_answer=False):
         written = np.array(self.prompts[request] + self.answers[request]) if shares_answer else None
@@ -79,6 +95,9 @@ class Memory:
                 assert self.slots[held.slot][: len(held.shared)] == held.shared.tolist()
         assert all(held.shared is not None for held in pool.kept)
         assert not pool.kept or self.limits.shares
+        used = {self.adapter_of[request] for request in running} - {None}
+        assert self.scheduler.adapters.in_use == len(used) <= self.limits.adapters
+        assert used <= set(self.scheduler.adapters.resident)
 
 
 def some_prompt(rng):
@@ -97,11 +116,15 @@ def test_the_books_are_right_after_every_step_of_random_traffic(seed):
         max_chunk=rng.randint(2 * min_chunk - 1, 40),
         min_chunk=min_chunk,
         shares=seed % 5 > 0,
+        adapters=rng.randint(0, 4),
     )
+    adapters = [None, *range(rng.choice([1, 3, 9]))] if limits.adapters else [None]
     memory, arrived = Memory(limits, rng), 0
     for _ in range(250):
         for _ in range(rng.choice([0, 0, 0, 1, 2])):
-            options = {"tenant": rng.choice("abc"), "priority": rng.randint(-1, 1), "namespace": rng.choice(["", "x"])}
+            adapter = rng.choice(adapters)
+            options = {"tenant": rng.choice("abc"), "priority": rng.randint(-1, 1), "adapter": adapter}
+            options["namespace"] = (rng.choice(["", "x"]), adapter)
             memory.add(arrived, some_prompt(rng), is_scored=rng.random() < 0.1, **options)
             arrived += 1
         decoding = memory.step(rng.choice([None, 1, 10, 80])).decoding
@@ -115,6 +138,54 @@ def test_the_books_are_right_after_every_step_of_random_traffic(seed):
             memory.remove(request)
     assert memory.decoded > 0
     assert not memory.prompts
+
+
+def test_a_request_waits_for_the_requests_of_one_adapter_only():
+    """Others may pass it as long as they do not use the one that is to make room."""
+    limits = Limits(slots=8, running=8, max_chunk=16, min_chunk=2, adapters=2)
+    memory = Memory(limits, random.Random(0))
+    for number, adapter in enumerate(["a", "a", "b", "c"]):
+        memory.add(number, [1, 2, 3], adapter=adapter, arrival=number)
+    memory.step()
+    assert memory.scheduler.running == (0, 1, 2)
+    for number, adapter in enumerate([None, "a", "b", "d"], start=4):
+        memory.add(number, [1, 2, 3], adapter=adapter, arrival=number)
+    memory.step()
+    assert memory.scheduler.running == (0, 1, 2, 4, 5)  # b has the fewest users: nobody else gets it
+    memory.remove(2)
+    memory.step()
+    assert set(memory.scheduler.running) == {0, 1, 4, 5, 3}  # c came before the other one for b
+    assert memory.adapters == {0: None, 1: "a", 2: "c"}
+
+
+def test_an_adapter_stays_until_its_slot_is_needed():
+    limits = Limits(slots=4, running=4, max_chunk=16, min_chunk=2, adapters=2)
+    memory = Memory(limits, random.Random(0))
+    for number, adapter in enumerate(["a", "b", "a", "c", "a", "b"]):
+        memory.add(number, [1, 2, 3], adapter=adapter)
+        memory.step()
+        memory.remove(number)
+    # a is there the second and the third time; b made room for c, and comes back in its place.
+    assert memory.loads == 4
+    assert set(memory.adapters.values()) == {None, "a", "b"}
+
+
+def test_nobody_waits_for_ever_for_an_adapter():
+    rng = random.Random(3)
+    memory = Memory(Limits(slots=4, running=4, max_chunk=16, min_chunk=2, adapters=2), rng)
+    memory.add(0, [1, 2], adapter="popular")
+    memory.add(1, [1, 2], adapter="other")
+    memory.step()
+    memory.add("rare", [1, 2], adapter="rare", arrival=1)
+    for number in range(2, 200):
+        memory.add(number, [1, 2], adapter=rng.choice(["popular", "other"]), arrival=number)
+        memory.step()
+        if "rare" in memory.scheduler.running:
+            break
+        for request in memory.scheduler.running:
+            if request != "rare" and rng.random() < 0.3:
+                memory.remove(request)
+    assert number < 30
 
 
 def test_random_traffic_does_share():

@@ -102,3 +102,16 @@ def test_nobody_is_lost_or_served_twice(seed):
     left = drain(line)
     assert len(set(served + left)) == len(served + left)
     assert there <= set(served + left)
+
+
+def test_those_that_may_begin_pass_in_their_order():
+    line = WaitingLine()
+    for number in range(6):
+        line.add(number, tenant="ab"[number % 2], arrival=number)
+    line.admit(0)
+    line.charge(0, 10)
+    assert line.next_of(lambda request: True) == line.next() == 1
+    assert line.next_of(lambda request: request != 1) == 3
+    assert line.next_of(lambda request: request % 2 == 0) == 2
+    assert line.next_of(lambda request: False) is None
+    assert len(line) == 5

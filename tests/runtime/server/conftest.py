@@ -12,6 +12,7 @@ import pytest
 from llmopt.optimizer.manifest import Manifest, SourceEntry, Verdict
 from llmopt.runtime.backends.toy import ToyBackend, toy_engine
 from llmopt.runtime.build import Build
+from llmopt.runtime.catalogue import Catalogue
 from llmopt.runtime.server.app import create_app
 from llmopt.runtime.server.serve import Server, bind
 from llmopt.runtime.server.service import Service
@@ -31,7 +32,8 @@ class Served:
 
 def toy_build(directory: Path, **backend) -> Build:
     slots = backend.pop("slots", 4)
-    engine = toy_engine(vocab_size=258, capacity=512)
+    engine = toy_engine(vocab_size=258, capacity=512, adapters=backend.pop("adapters", 0))
+    catalogue = Catalogue(directory, engine.lora, backend.pop("catalogue", {}))
     manifest = Manifest(
         llmopt="0",
         versions={},
@@ -47,7 +49,7 @@ def toy_build(directory: Path, **backend) -> Build:
     backend = ToyBackend(engine, slots=slots, **backend)
     tokenizer = Tokenizer(directory)
     grammars = Grammars(tokenizer, engine.vocab_size)
-    return Build(directory, manifest, backend, tokenizer, "fp_toy", sizes, grammars)
+    return Build(directory, manifest, backend, tokenizer, "fp_toy", sizes, grammars, catalogue)
 
 
 @contextmanager
