@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
+from llmopt.benchmarks.adapters.peft_model import distances, merged_by_peft
+from llmopt.benchmarks.adapters.tickets import SYSTEM, Conversation, held_out, trained_on
+from llmopt.benchmarks.adapters.training import Training, packed, require_peft, train
+from llmopt.benchmarks.adapters.variants import BASE, HELD_OUT, TRAINED_ON, VARIANTS, Variant, write_recipe
 from llmopt.benchmarks.child import ChildError
 from llmopt.benchmarks.demo import show
-from llmopt.benchmarks.lora.peft_model import distances, merged_by_peft
-from llmopt.benchmarks.lora.tickets import SYSTEM, Conversation, held_out, trained_on
-from llmopt.benchmarks.lora.training import Training, packed, require_peft, train
-from llmopt.benchmarks.lora.variants import BASE, HELD_OUT, TRAINED_ON, VARIANTS, Variant, write_recipe
 from llmopt.benchmarks.plain_checkpoint import write_checkpoint
 from llmopt.benchmarks.quantizers.subject import DEFAULT_SPEC
 from llmopt.benchmarks.report import markdown, publish_result, say

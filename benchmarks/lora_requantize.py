@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
+from llmopt.benchmarks.adapters.tickets import trained_on
+from llmopt.benchmarks.adapters.training import packed
+from llmopt.benchmarks.adapters.variants import HELD_OUT
 from llmopt.benchmarks.demo import show
-from llmopt.benchmarks.lora.tickets import trained_on
-from llmopt.benchmarks.lora.training import packed
-from llmopt.benchmarks.lora.variants import HELD_OUT
 from llmopt.benchmarks.quantizers.run_passes import GivenWindows, recipe_of
 from llmopt.benchmarks.quantizers.subject import DEFAULT_SPEC
 from llmopt.benchmarks.report import markdown, publish_result, say

@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from llmopt.benchmarks.lora.tickets import held_out
-from llmopt.benchmarks.lora.variants import HELD_OUT, TRAINED_ON, Variant
+from llmopt.benchmarks.adapters.tickets import held_out
+from llmopt.benchmarks.adapters.variants import HELD_OUT, TRAINED_ON, Variant
 from llmopt.benchmarks.lora_demo import missed, rows, write_texts
 from llmopt.evaluation.distance import Distance
 from llmopt.optimizer.tokenizer_config import chat_template
