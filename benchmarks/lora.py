@@ -48,7 +48,14 @@ class Cost:
 
 
 def costs(
-    base: OnnxRuntimeBackend, other: OnnxRuntimeBackend, *, sequences: int, past: int, rounds: int, steps: int = 8
+    base: OnnxRuntimeBackend,
+    other: OnnxRuntimeBackend,
+    *,
+    sequences: int,
+    past: int,
+    rounds: int,
+    steps: int = 8,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[Cost]:
     """Compare two engines of one model, of which ``other`` has an adapter in each of its first slots."""
     memory = other.adapters
@@ -71,28 +78,19 @@ def costs(
         adapters = f"{len(set(chosen))} adapters" if in_use else "none in use"
         for what, run in ((f"a step of {sequences} sequences", decode), (f"a prompt of {past} tokens", prefill)):
             name = f"{what}, {'its adapter' if in_use and run is prefill else adapters}"
-            found.append(_compared(name, run, base, other, rounds=rounds, calls=steps if run is decode else 1))
+            pairs = [(_seconds(run, base, clock), _seconds(run, other, clock)) for _ in range(rounds + 1)][1:]
+            calls = steps if run is decode else 1
+            milliseconds = statistics.median(1000 * first / calls for first, _ in pairs)
+            found.append(Cost(name, milliseconds, statistics.median(second / first for first, second in pairs)))
     return found
 
 
-def _compared(
-    what: str,
-    run: Callable[[OnnxRuntimeBackend], None],
-    base: OnnxRuntimeBackend,
-    other: OnnxRuntimeBackend,
-    *,
-    rounds: int,
-    calls: int,
-) -> Cost:
-    pairs = [(_seconds(run, base), _seconds(run, other)) for _ in range(rounds + 1)][1:]
-    milliseconds = statistics.median(1000 * first / calls for first, _ in pairs)
-    return Cost(what, milliseconds, statistics.median(second / first for first, second in pairs))
-
-
-def _seconds(run: Callable[[OnnxRuntimeBackend], None], backend: OnnxRuntimeBackend) -> float:
-    began = time.perf_counter()
+def _seconds(
+    run: Callable[[OnnxRuntimeBackend], None], backend: OnnxRuntimeBackend, clock: Callable[[], float]
+) -> float:
+    began = clock()
     run(backend)
-    return time.perf_counter() - began
+    return clock() - began
 
 
 def _engine(model: Model, directory: Path, options: LoraOptions | None) -> Engine:
@@ -126,15 +124,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--scheme", help="of the base's linears, as W8A8; omitted: float")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--targets", nargs="*", help="linears that take adapters; omitted: all of the layers")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of factors; omitted: as the base has it")
     parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--past", type=int, default=256, help="tokens of each sequence, and of the prompt")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="instead of time: where others use the cores too; for one thread"
+    )
     given = parser.parse_args(arguments)
     model = load_model(given.model, cache=cache_root())
     if given.scheme:
         model = RoundToNearest(scheme=given.scheme).run(model, PassContext())
-    options = LoraOptions(max_rank=max(given.rank, 32), slots=given.sequences, targets=given.targets or None)
+    options = LoraOptions(
+        max_rank=max(given.rank, 32), slots=given.sequences, dtype=given.dtype, targets=given.targets or None
+    )
     with tempfile.TemporaryDirectory() as name:
         folders = [Path(name, kind) for kind in ("base", "lora")]
         engines = [_engine(model, folder, each) for folder, each in zip(folders, (None, options), strict=True)]
@@ -145,8 +149,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         lora = engines[1].lora
         assert lora is not None
         _fill(backends[1], lora, Path(name), rank=given.rank)
-        found = costs(*backends, sequences=given.sequences, past=given.past, rounds=given.rounds)
-    say(f"rank {given.rank} on {len(lora.modules)} linears, {given.scheme or 'float'} base, {given.threads} threads")
+        clock = time.process_time if given.cpu_time else time.perf_counter
+        found = costs(*backends, sequences=given.sequences, past=given.past, rounds=given.rounds, clock=clock)
+    base = f"{given.scheme or 'float'} base, {given.threads} threads{', CPU time' if given.cpu_time else ''}"
+    say(f"rank {given.rank} in {lora.dtype} on {len(lora.modules)} linears, {base}")
     print(markdown(["call", "base, ms", "with lora"], [[c.what, f"{c.base:.2f}", f"{c.ratio:.3f}"] for c in found]))
 
 

@@ -73,6 +73,7 @@ class LoraSlots(_Entry):
     """Which adapters an engine takes: the feature ``lora``."""
 
     max_rank: int
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Of factors in memory; files have float32.")
     slots: int = Field(description="Adapters in memory at the same time; 1 to slots, and 0 is none.")
     modules: list[LoraModule]
 

@@ -373,3 +373,42 @@ def smollm2(smollm2_spec: str) -> "Model":
     from llmopt.optimizer.sources import load_model
 
     return load_model(smollm2_spec, cache=MACHINE_CACHE)
+
+
+LORA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@pytest.fixture(scope="session")
+def built_with() -> Callable[..., Path]:
+    """``built_with(model, passes, lora, output)``: a build whose engine has these options, measured hardly at all."""
+
+    def make(model: Path, passes: str, lora: str, output: Path) -> Path:
+        from llmopt.optimizer.build import build
+        from llmopt.optimizer.progress import Silent
+        from llmopt.optimizer.recipe import Recipe
+
+        recipe = output.with_suffix(".yaml")
+        recipe.write_text(
+            f"version: 1\nmodel: {model}\npasses: [{passes}]\nexport: [onnx: {{target: cpu, {lora}}}]\nverify: none\n"
+            "accept: [{metric: kl, max: 100, windows: 1, tokens: 8}]\nresources: {threads: 2}\n"
+        )
+        build(Recipe.load(recipe), output, cache=output.parent / "cache", progress=Silent())
+        return output
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def peft_adapters(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+    """A folder with three adapters that were trained on ``tiny_llama``: support, french and small, of rank 2 to 4."""
+    folder = tmp_path_factory.mktemp("adapters")
+    for number, name in enumerate(("support", "french", "small")):
+        save_adapter(folder / name, tiny_llama, seed=number, r=2 + number, target_modules=list(LORA_LINEARS[number:]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lora_build(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, built_with: Callable[..., Path]) -> Path:
+    """``tiny_llama`` rotated and quantized; adapters of rank 4 fit, two at a time. Tests may add some."""
+    passes = "rotate: {}, round_to_nearest: {scheme: W8A8}"
+    return built_with(tiny_llama, passes, "lora: {max_rank: 4, slots: 2}", tmp_path_factory.mktemp("lora") / "build")

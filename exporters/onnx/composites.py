@@ -133,7 +133,7 @@ def lora_add(*, biased: bool) -> ir.Function:
 
     - y ``[..., width]``, in which the linear's results are some columns; x ``[..., in]``, what it reads;
     - adapters int64 ``[..., 1]``: whose factors each row takes, 1 to slots, or 0 for nobody's: then y' is y;
-    - factors float32 ``[slots, size]``; ranks int64 ``[slots, modules]``: of each adapter's factors for each linear;
+    - factors float32 or bfloat16 ``[slots, size]``; ranks int64 ``[slots, modules]``: of the factors for each linear;
     - part int64 ``[1, 6]``: the linear's number, where down ``[max_rank, in]`` and up ``[max_rank, columns]`` begin,
       the first of its columns in y, how many there are, and whether a bias ``[columns]`` follows up.
 
@@ -148,6 +148,7 @@ def lora_add(*, biased: bool) -> ir.Function:
     number, down, up, first, columns = (builder.op("Gather", fields, _ints(builder, i), axis=0) for i in range(5))
     zero, one = (builder.op("Constant", value_int=value) for value in (0, 1))
     slots = builder.op("Shape", factors, start=0, end=1)
+    factors = builder.op("Cast", factors, to=ir.DataType.FLOAT.value)
 
     def matrix(begin: ir.Value, width: ir.Value, count: ir.Value) -> ir.Value:
         """``[slots * count, width]`` of all adapters."""

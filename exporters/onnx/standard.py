@@ -89,7 +89,8 @@ class _Graph:
         """Three more inputs, and each token's adapter, which is its sequence's."""
         slots = lora_slots(self.model, self.decoder, options)
         adapters = _input("adapters", ir.DataType.INT64, "batch")
-        factors = _input("lora.factors", ir.DataType.FLOAT, slots.slots, slots.size)
+        dtype = ir.DataType.FLOAT if slots.dtype == "float32" else ir.DataType.BFLOAT16
+        factors = _input("lora.factors", dtype, slots.slots, slots.size)
         ranks = _input("lora.ranks", ir.DataType.INT64, slots.slots, len(slots.modules))
         self.adapters = [adapters, factors, ranks]
         columns = self.builder.op("Unsqueeze", adapters, self.builder.constant(np.array([1, 2]), "axes.1.2"))

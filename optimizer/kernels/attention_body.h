@@ -11,8 +11,8 @@ struct Scratch {
 };
 
 // c[rows][width] += a[rows][depth] b[depth][width]; a block of at most kRows x kColumns vectors at a time.
-template <int rows, int columns>
-static inline void multiply_block(const float* a, size_t lda, const float* b, size_t ldb, float* c, size_t ldc, int depth) {
+template <int rows, int columns, class Number>
+static inline void multiply_block(const float* a, size_t lda, const Number* b, size_t ldb, float* c, size_t ldc, int depth) {
   Vector sums[rows][columns];
   for (int i = 0; i < rows; i++)
     for (int j = 0; j < columns; j++) sums[i][j] = load(c + i * ldc + 16 * j);
@@ -28,8 +28,8 @@ static inline void multiply_block(const float* a, size_t lda, const float* b, si
     for (int j = 0; j < columns; j++) store(c + i * ldc + 16 * j, sums[i][j]);
 }
 
-template <int rows>
-static inline void multiply_rows(const float* a, size_t lda, const float* b, size_t ldb, float* c, size_t ldc, int depth,
+template <int rows, class Number>
+static inline void multiply_rows(const float* a, size_t lda, const Number* b, size_t ldb, float* c, size_t ldc, int depth,
                                  int width) {
   int first = 0;
   for (; first + 16 * kColumns <= width; first += 16 * kColumns)
@@ -37,7 +37,8 @@ static inline void multiply_rows(const float* a, size_t lda, const float* b, siz
   for (; first < width; first += 16) multiply_block<rows, 1>(a, lda, b + first, ldb, c + first, ldc, depth);
 }
 
-static void multiply(const float* a, size_t lda, const float* b, size_t ldb, float* c, size_t ldc, int rows, int depth,
+template <class Number>
+static void multiply(const float* a, size_t lda, const Number* b, size_t ldb, float* c, size_t ldc, int rows, int depth,
                      int width) {
   int i = 0;
   for (; i + kRows <= rows; i += kRows)

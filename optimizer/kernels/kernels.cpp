@@ -8,7 +8,8 @@
 //                        that product's own largest magnitudes.
 //   QuantizeNormedRows   the same of the root mean square norm of a residual plus such a product; also gives that sum.
 //                        Both give the row itself too, where an adapter reads it.
-//   LoraAdd              y + up (down x), where each row has the factors of its own adapter or none: then it stays as it is.
+//   LoraAdd, LoraAddBfloat16
+//                        y + up (down x), where each row has the factors of its own adapter or none: then it stays as it is.
 
 #include <algorithm>
 #include <cmath>
@@ -17,6 +18,7 @@
 #include <cstring>
 #include <limits>
 #include <string>
+#include <type_traits>
 #include <vector>
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -46,9 +48,21 @@ struct Problem {
   int width() const { return (columns + 15) / 16 * 16; }
 };
 
+// The upper half of a float.
+struct Bfloat16 {
+  uint16_t bits;
+  operator float() const {
+    const uint32_t whole = uint32_t(bits) << 16;
+    float value;
+    std::memcpy(&value, &whole, sizeof(value));
+    return value;
+  }
+};
+
 // One adapter's factors for one linear, whose results are some of y's columns.
+template <class Number>
 struct LoraPart {
-  const float *down, *up, *bias;  // [rank][inputs], [rank][columns], [columns] or null
+  const Number *down, *up, *bias;  // [rank][inputs], [rank][columns], [columns] or null
   int rank;
   int64_t inputs, columns, stride;  // stride of y
 };
@@ -108,7 +122,14 @@ struct Kernels {
   void (*quantize_normed_row)(const float*, float, const float*, const float*, float, int64_t, float*, float*, uint8_t*,
                               float*);
   void (*weigh_logits)(const float*, int64_t, float, float*, double*, float*);
-  void (*add_lora)(const LoraPart&, const float*, const float*, int, float*, float*);
+  void (*add_lora)(const LoraPart<float>&, const float*, const float*, int, float*, float*);
+  void (*add_lora_bfloat16)(const LoraPart<Bfloat16>&, const float*, const float*, int, float*, float*);
+  void add(const LoraPart<float>& p, const float* x, const float* scale, int rows, float* inner, float* y) const {
+    add_lora(p, x, scale, rows, inner, y);
+  }
+  void add(const LoraPart<Bfloat16>& p, const float* x, const float* scale, int rows, float* inner, float* y) const {
+    add_lora_bfloat16(p, x, scale, rows, inner, y);
+  }
 };
 
 size_t aligned(size_t floats) { return (floats + 15) / 16 * 16; }
@@ -138,7 +159,7 @@ Scratch divided(const Problem& p, int tokens, float* memory) {
           space::attend<int8_t>(p, b, h, first, n, divided<space::Scratch>(p, n, memory));                          \
         },                                                                                                          \
         space::quantize_row, space::quantize_gated_row, space::quantize_normed_row, space::weigh_logits,            \
-        space::add_lora                                                                                             \
+        space::add_lora<float>, space::add_lora<Bfloat16>                                                           \
   }
 
 // The best set this CPU has; LLMOPT_KERNELS=avx2 or plain asks for a lesser one, for tests.
@@ -493,11 +514,16 @@ class QuantizeNormedRows : public Quantizer {
 // y with up (down x) added, in each row that has an adapter. The factors of all adapters lie in one matrix, a row each; the
 // parts say for each linear whose results are columns of y: its number, where down and up begin, its columns in y, and
 // whether a bias lies behind up. With a scale y is a product of integers that is to be multiplied with it.
+template <class Number>
 class LoraAdd {
  public:
   static constexpr size_t kInputs = 7, kOutputs = 1;
-  static constexpr const char* kName = "LoraAdd";
-  static ort::Type input_type(size_t i) { return i == 2 || i == 4 || i == 5 ? ort::kInt64 : ort::kFloat; }
+  static constexpr bool kIsHalf = std::is_same<Number, Bfloat16>::value;
+  static constexpr const char* kName = kIsHalf ? "LoraAddBfloat16" : "LoraAdd";
+  static ort::Type input_type(size_t i) {
+    if (i == 3 && kIsHalf) return ort::kBfloat16;
+    return i == 2 || i == 4 || i == 5 ? ort::kInt64 : ort::kFloat;
+  }
   static ort::Type output_type(size_t) { return ort::kFloat; }
   static bool optional(size_t i) { return i == 6; }
   static bool optional_output(size_t) { return false; }
@@ -533,16 +559,16 @@ class LoraAdd {
         if (adapters[first] == 0) continue;
         const int64_t* p = part + i * kFields;
         const int64_t slot = adapters[first] - 1, own = rank[slot * ranks[1] + p[0]];
-        const float* factors = call.data<float>(in[3]) + slot * pool[1];
+        const Number* factors = call.data<Number>(in[3]) + slot * pool[1];
         if (own == 0) continue;
-        const float* bias = p[5] ? factors + p[2] + max_rank_ * p[4] : nullptr;
+        const Number* bias = p[5] ? factors + p[2] + max_rank_ * p[4] : nullptr;
         tasks.push_back({{factors + p[1], factors + p[2], bias, static_cast<int>(own), inputs.back(), p[4], columns},
                          first, static_cast<int>(last - first), p[3]});
       }
     const float *x = call.data<float>(in[1]), *scale = in[6] == nullptr ? nullptr : call.data<float>(in[6]);
     const auto one = [&](size_t i) {
       const Task& t = tasks[i];
-      kernels().add_lora(t.part, x + t.first * inputs.back(), scale == nullptr ? nullptr : scale + t.first, t.rows,
+      kernels().add(t.part, x + t.first * inputs.back(), scale == nullptr ? nullptr : scale + t.first, t.rows,
                          row_memory(kPiece * max_rank_), output + t.first * columns + t.column);
     };
     if (tasks.size() == 1) {
@@ -556,7 +582,7 @@ class LoraAdd {
  private:
   // Neighboring rows that have one adapter, and one linear.
   struct Task {
-    LoraPart part;
+    LoraPart<Number> part;
     int64_t first;
     int rows;
     int64_t column;
@@ -618,7 +644,8 @@ extern "C" {
 __attribute__((visibility("default"))) ort::Status* RegisterCustomOps(ort::SessionOptions* options, const ort::ApiBase* base) {
   static const CustomOp ops[] = {operator_of<CachedAttention<false>>(), operator_of<CachedAttention<true>>(),
                                  operator_of<QuantizeRows>(), operator_of<QuantizeGatedRows>(),
-                                 operator_of<QuantizeNormedRows>(), in_place_operator_of<LoraAdd>()};
+                                 operator_of<QuantizeNormedRows>(), in_place_operator_of<LoraAdd<float>>(),
+                                 in_place_operator_of<LoraAdd<Bfloat16>>()};
   const Api* api = base->GetApi(ort::kApiVersion);
   // It lives as long as the process: sessions keep pointers to it.
   ort::Domain* domain = nullptr;

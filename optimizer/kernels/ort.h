@@ -50,7 +50,7 @@ Result call(const Api* api, Position position, Arguments... arguments) {
 }
 
 // ONNXTensorElementDataType
-enum Type : int { kFloat = 1, kUint8 = 2, kInt8 = 3, kInt32 = 6, kInt64 = 7 };
+enum Type : int { kFloat = 1, kUint8 = 2, kInt8 = 3, kInt32 = 6, kInt64 = 7, kBfloat16 = 16 };
 
 // OrtErrorCode
 enum Code : int { kInvalidArgument = 2 };

@@ -10,6 +10,10 @@ static inline Vector load(const float* from) { return {_mm512_loadu_ps(from)}; }
 static inline Vector load(const int8_t* from) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))))};
 }
+static inline Vector load(const Bfloat16* from) {
+  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16))};
+}
 static inline void store(float* to, Vector x) { _mm512_storeu_ps(to, x.v); }
 static inline Vector all(float x) { return {_mm512_set1_ps(x)}; }
 static inline Vector operator+(Vector a, Vector b) { return {_mm512_add_ps(a.v, b.v)}; }
@@ -78,6 +82,11 @@ static inline Vector load(const int8_t* from) {
   const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
   return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(x)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(x, 8)))};
 }
+static inline __m256 load8(const Bfloat16* from) {
+  const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+}
+static inline Vector load(const Bfloat16* from) { return {load8(from), load8(from + 8)}; }
 static inline void store(float* to, Vector x) { _mm256_storeu_ps(to, x.v), _mm256_storeu_ps(to + 8, x.w); }
 static inline Vector all(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 static inline Vector operator+(Vector a, Vector b) { return {_mm256_add_ps(a.v, b.v), _mm256_add_ps(a.w, b.w)}; }
@@ -150,6 +159,7 @@ struct Vector {
   return y;
 static inline Vector load(const float* from) { LLMOPT_EACH(from[i]) }
 static inline Vector load(const int8_t* from) { LLMOPT_EACH(from[i]) }
+static inline Vector load(const Bfloat16* from) { LLMOPT_EACH(from[i]) }
 static inline void store(float* to, Vector x) { memcpy(to, x.v, sizeof x.v); }
 static inline Vector all(float x) { LLMOPT_EACH(x) }
 static inline Vector operator+(Vector a, Vector b) { LLMOPT_EACH(a.v[i] + b.v[i]) }

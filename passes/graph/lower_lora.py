@@ -27,21 +27,26 @@ class _KernelRule(pattern.RewriteRuleClassBase):  # type: ignore[misc]
     def rewrite(self, op: Any, added: ir.Value) -> Any:
         node = added.producer()
         assert node is not None
-        return op.LoraAdd(*node.inputs, _domain=DOMAIN, **node.attributes)
+        factors = node.inputs[3]
+        assert factors is not None
+        kernel = op.LoraAddBfloat16 if factors.dtype == ir.DataType.BFLOAT16 else op.LoraAdd
+        return kernel(*node.inputs, _domain=DOMAIN, **node.attributes)
 
 
 class _JoinRule(pattern.RewriteRuleClassBase):  # type: ignore[misc]
     """Two in a row that read the same input -> one with the parts of both."""
 
-    def __init__(self) -> None:
-        super().__init__(name="lower_lora join", remove_nodes=False)
+    def __init__(self, kernel: str) -> None:
+        super().__init__(name=f"lower_lora join {kernel}", remove_nodes=False)
+        self._kernel = kernel
 
     def pattern(self, op: Any, y: Any) -> Any:
-        return op.LoraAdd(y, _domain=DOMAIN, _allow_other_inputs=True, _allow_other_attributes=True, _outputs=["added"])
+        kernel = getattr(op, self._kernel)
+        return kernel(y, _domain=DOMAIN, _allow_other_inputs=True, _allow_other_attributes=True, _outputs=["added"])
 
     def check(self, context: Any, y: ir.Value, added: ir.Value, **_: Any) -> Any:
         result = pattern.MatchResult()
-        first, second = producer(y, "LoraAdd"), added.producer()
+        first, second = producer(y, self._kernel), added.producer()
         if first is None or second is None or list(first.inputs[1:5]) != list(second.inputs[1:5]):
             return result.fail()
         return result.fail("the first result is read by something else too") if len(y.uses()) > 1 else result
@@ -54,7 +59,7 @@ class _JoinRule(pattern.RewriteRuleClassBase):  # type: ignore[misc]
         name = f"{str(added.name).partition('.adapted')[0]}.lora"
         joined = np.concatenate(parts)
         both = op.initializer(ir.tensor(joined, name=f"{name}.{len(joined)}"), name=f"{name}.{len(joined)}")
-        return op.LoraAdd(*first.inputs[:5], both, _domain=DOMAIN, **first.attributes)
+        return getattr(op, self._kernel)(*first.inputs[:5], both, _domain=DOMAIN, **first.attributes)
 
 
 class LowerLora(GraphPass):
@@ -63,5 +68,5 @@ class LowerLora(GraphPass):
     def run(self, graph: ir.Model, context: PassContext) -> ir.Model:
         """See ``GraphPass.run``."""
         kinds = [_KernelRule.rule(name) for name in ("LoraAdd", "LoraAddBiased")]
-        apply_groups(graph, [kinds, [_JoinRule.rule()]], context)
+        apply_groups(graph, [kinds, [_JoinRule.rule(name) for name in ("LoraAdd", "LoraAddBfloat16")]], context)
         return graph

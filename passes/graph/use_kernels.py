@@ -16,6 +16,9 @@ _UNTAKEN = {9: "positions", 10: "a bias", 11: "sinks"}
 """Inputs of GroupQueryAttention that our kernel has no use for."""
 
 
+_LORA = ("LoraAdd", "LoraAddBfloat16")
+
+
 class _AttentionRule(pattern.RewriteRuleClassBase):  # type: ignore[misc]
     """``com.microsoft::GroupQueryAttention`` -> ours, with the same inputs and attributes."""
 
@@ -155,14 +158,14 @@ class _NormedRule(_Quantized):
 class _ScaledLoraRule(pattern.RewriteRuleClassBase):  # type: ignore[misc]
     """An adapter added behind the scaling of a product of integers -> in front of it, where kernels take both."""
 
-    def __init__(self) -> None:
-        super().__init__(name="use_kernels LoraAdd", remove_nodes=False)
+    def __init__(self, kernel: str) -> None:
+        super().__init__(name=f"use_kernels {kernel}", remove_nodes=False)
+        self._kernel = kernel
 
     def pattern(self, op: Any, product: Any, largest: Any) -> Any:
         scaled = op.Mul(product, largest, _outputs=["scaled"])
-        return op.LoraAdd(
-            scaled, _domain=DOMAIN, _allow_other_inputs=True, _allow_other_attributes=True, _outputs=["y"]
-        )
+        kernel = getattr(op, self._kernel)
+        return kernel(scaled, _domain=DOMAIN, _allow_other_inputs=True, _allow_other_attributes=True, _outputs=["y"])
 
     def check(self, context: Any, scaled: ir.Value, **_: Any) -> Any:
         result = pattern.MatchResult()
@@ -172,7 +175,8 @@ class _ScaledLoraRule(pattern.RewriteRuleClassBase):  # type: ignore[misc]
         node = y.producer()
         assert node is not None
         names = [f"{y.name}.by_largest"]
-        added = op.LoraAdd(product, *node.inputs[1:], largest, _domain=DOMAIN, _outputs=names, **node.attributes)
+        kernel = getattr(op, self._kernel)
+        added = kernel(product, *node.inputs[1:], largest, _domain=DOMAIN, _outputs=names, **node.attributes)
         # Equal shapes let ONNX Runtime put the sum where the product is, which it does not know of its own operator.
         for value in (product, added):
             value.shape, value.type = y.shape, y.type
@@ -181,7 +185,7 @@ class _ScaledLoraRule(pattern.RewriteRuleClassBase):  # type: ignore[misc]
 
 def _others(rows: ir.Value, *, but: int) -> list[ir.Node]:
     """What reads ``rows`` besides ``but`` others, and is no adapter."""
-    readers = [use.node for use in rows.uses() if use.node.op_type != "LoraAdd"]
+    readers = [use.node for use in rows.uses() if use.node.op_type not in _LORA]
     return readers[but:]
 
 
@@ -197,7 +201,7 @@ def _scaled(value: ir.Value | None) -> tuple[ir.Value, ir.Value] | None:
     if scaling is None:
         return None
     product, largest = scaling.inputs
-    adapted = producer(product, "LoraAdd")
+    adapted = producer(product, _LORA[0]) or producer(product, _LORA[1])
     if (
         producer(product if adapted is None else adapted.inputs[0], "MatMulIntegerToFloat") is None
         or product is None
@@ -235,6 +239,6 @@ class UseKernels(GraphPass):
 
     def run(self, graph: ir.Model, context: PassContext) -> ir.Model:
         """See ``GraphPass.run``."""
-        singles = [_AttentionRule.rule(), _RoundingRule.rule(), _ScaledLoraRule.rule()]
+        singles = [_AttentionRule.rule(), _RoundingRule.rule(), *map(_ScaledLoraRule.rule, _LORA)]
         apply_groups(graph, [singles, [_GatedRule.rule(), _NormedRule.rule()]], context)
         return graph

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
@@ -28,7 +29,9 @@ class AdapterMemory:
 
     def __init__(self, lora: LoraSlots, *, sequences: int) -> None:
         self.lora = lora
-        self._factors = aligned_zeros((lora.slots, lora.size), np.dtype(np.float32))
+        # ml_dtypes gives numpy its bfloat16: what is written is rounded to the nearest.
+        dtype = np.dtype(ml_dtypes.bfloat16 if lora.dtype == "bfloat16" else np.float32)
+        self._factors = aligned_zeros((lora.slots, lora.size), dtype)
         self._ranks = np.zeros((lora.slots, len(lora.modules)), np.int64)
         self._chosen = np.zeros(sequences, np.int64)
 

@@ -171,7 +171,7 @@ class OnnxRuntimeBackend:
             binding.bind_output(present, *where, address)
         if self.adapters is not None:
             for name, array in self.adapters.inputs(count).items():
-                binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+                binding.bind_input(name, "cpu", 0, _element_type(str(array.dtype)), array.shape, array.ctypes.data)
         return binding
 
     def _bind_decode(self, count: int) -> Any:

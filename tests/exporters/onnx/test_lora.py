@@ -86,15 +86,17 @@ def test_an_adapter_beside_the_weights_generates_what_it_does_merged(
     assert np.abs(logits[0] - logits[2]).max() > 1e-2 * scale
 
 
-@pytest.mark.parametrize("scheme", [None, "W8A8", "W8A16", "W4A16"])
+@pytest.mark.parametrize(
+    ("scheme", "dtype"), [(None, "float32"), ("W8A8", "bfloat16"), ("W8A16", "float32"), ("W4A16", "bfloat16")]
+)
 def test_a_sequence_has_the_same_bits_alone_and_beside_other_adapters(
-    scheme, family_of, adapter_of, opened, loaded, tmp_path
+    scheme, dtype, family_of, adapter_of, opened, loaded, tmp_path
 ):
     base = load_model(str(family_of("llama")), cache=tmp_path)
     if scheme is not None:
         size = {"group_size": 16} if scheme == "W4A16" else {}
         base = RoundToNearest(scheme=scheme, **size).run(base, PassContext())
-    backend, build = opened(base, lora=OPTIONS)
+    backend, build = opened(base, lora=OPTIONS.model_copy(update={"dtype": dtype}))
     assert backend.engine.batch_invariant
     for slot, settings in enumerate(({"r": 8}, {"r": 3, "target_modules": ["q_proj", "up_proj"]}), start=1):
         chosen = {"target_modules": LINEARS} | settings
@@ -152,9 +154,9 @@ def test_kernels_stay_together_where_adapters_are_added(family_of, tmp_path):
         graph, _ = lowered_graph(base, target, capacity=CAPACITY, lora=lora)
         found.append(Counter(node.op_type for node in graph.graph))
     added = found[1] - found[0]
-    assert added.pop("LoraAdd") == 4 * base.num_layers
+    assert added.pop("LoraAddBfloat16") == 4 * base.num_layers
     assert not found[0] - found[1]
-    sums = [node for node in graph.graph if node.op_type == "LoraAdd"]
+    sums = [node for node in graph.graph if node.op_type == "LoraAddBfloat16"]
     assert all(node.inputs[0].shape == node.outputs[0].shape for node in sums)  # else they cannot be in place
     assert sum(added.values()) <= 6  # each token's adapter, computed once
 
@@ -179,6 +181,30 @@ def test_onnxruntimes_kernels_promise_no_bits(family_of, opened, adapter_of, loa
         assert backend.engine.batch_invariant == (kernels == "llmopt")
         found.append(backend.prefill(0, prompt, 0, np.arange(17)))
     np.testing.assert_allclose(*found, atol=2e-5)
+
+
+@pytest.mark.parametrize("kernels", ["llmopt", "onnxruntime"])
+def test_factors_in_bfloat16_are_those_rounded(kernels, family_of, opened, adapter_of, loaded, tmp_path):
+    adapter_of(tmp_path / "a", family_of("llama"), target_modules=LINEARS)
+    base = load_model(str(family_of("llama")), cache=tmp_path)
+    prompt, found = np.arange(3, 20), []
+    for dtype in ("bfloat16", "float32"):
+        backend, build = opened(base, lora=OPTIONS.model_copy(update={"dtype": dtype}), kernels=kernels)
+        loaded(backend, build, 1, tmp_path / "a")
+        found.append(backend.prefill(0, prompt, 0, np.arange(17)))
+        backend.adapters.choose([1])
+        found.append(backend.prefill(0, prompt, 0, np.arange(17)))
+    effect = np.abs(found[3] - found[2]).mean()
+    assert 0 < np.abs(found[1] - found[3]).mean() < 0.01 * effect  # a step of bfloat16 is 2^-8
+    assert np.array_equal(found[0], found[2])
+
+
+def test_what_is_quantized_has_factors_in_bfloat16(family_of, tmp_path):
+    base = load_model(str(family_of("llama")), cache=tmp_path)
+    quantized = RoundToNearest(scheme="W8A8").run(base, CONTEXT)
+    assert [lora_slots(each, each.decoder, OPTIONS).dtype for each in (base, quantized)] == ["float32", "bfloat16"]
+    chosen = OPTIONS.model_copy(update={"dtype": "float32"})
+    assert lora_slots(quantized, quantized.decoder, chosen).dtype == "float32"
 
 
 def test_factors_lie_one_behind_the_other(family_of, tmp_path):

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnxruntime as ort
 import pytest
@@ -12,6 +13,7 @@ from llmopt.optimizer import kernels
 
 _TYPES = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.int8): TensorProto.INT8}
 _TYPES |= {np.dtype(np.int32): TensorProto.INT32, np.dtype(np.uint8): TensorProto.UINT8}
+_TYPES |= {np.dtype(ml_dtypes.bfloat16): TensorProto.BFLOAT16}
 _TYPES |= {np.dtype(np.int64): TensorProto.INT64}
 
 
@@ -34,9 +36,16 @@ def run_kernel() -> Callable[..., list[np.ndarray]]:
             [helper.make_tensor_value_info(key, _TYPES[array.dtype], array.shape) for key, array in given.items()],
             [helper.make_tensor_value_info(o, _TYPES[np.dtype(d)], None) for o, d in zip(outputs, dtypes, strict=True)],
         )
-        return _session(graph, threads).run(outputs, given)
+        return _session(graph, threads).run(outputs, {key: _fed(array) for key, array in given.items()})
 
     return run
+
+
+def _fed(array: np.ndarray) -> Any:
+    """ONNX Runtime takes no bfloat16 of numpy's, but its bits."""
+    if array.dtype != ml_dtypes.bfloat16:
+        return array
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), TensorProto.BFLOAT16)
 
 
 def _session(graph: Any, threads: int) -> Any:

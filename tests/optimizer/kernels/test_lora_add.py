@@ -1,5 +1,6 @@
 """Low-rank changes are added to the rows that have an adapter, and to no others."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -22,7 +23,8 @@ def case():
             "y": generator.standard_normal((rows, width), np.float32),
             "x": generator.standard_normal((rows, inputs), np.float32),
             "adapters": np.array(adapters, np.int64)[:, None],
-            "factors": generator.standard_normal((slots, at), np.float32),
+            # Numbers that bfloat16 has too.
+            "factors": generator.standard_normal((slots, at)).astype(ml_dtypes.bfloat16).astype(np.float32),
             "ranks": np.array([[4, 20], [7, 1], [0, 16]], np.int64)[:slots],
             "parts": np.array(parts, np.int64),
         }
@@ -46,11 +48,14 @@ def naive(y, x, adapters, factors, ranks, parts, scale=None):
     return found
 
 
-@pytest.fixture
-def lora_add(run_kernel):
+@pytest.fixture(params=["LoraAdd", "LoraAddBfloat16"])
+def lora_add(request, run_kernel):
     def call(case, scale=None):
-        inputs = [*case.values(), *([] if scale is None else [scale])]
-        return run_kernel("LoraAdd", inputs, [np.float32], max_rank=_MAX_RANK)[0]
+        inputs = dict(case)
+        if request.param == "LoraAddBfloat16":
+            inputs["factors"] = case["factors"].astype(ml_dtypes.bfloat16)
+        inputs = [*inputs.values(), *([] if scale is None else [scale])]
+        return run_kernel(request.param, inputs, [np.float32], max_rank=_MAX_RANK)[0]
 
     return call
 
