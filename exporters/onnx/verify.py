@@ -64,7 +64,8 @@ def verify_lowering(
         return {}
     model = _small_vocabulary(model)
     # numpy has no bfloat16 to feed; but for what it reads the kernel is the same.
-    lora = None if lora is None else lora.model_copy(update={"dtype": "float32"})
+    if isinstance(lora, LoraOptions):
+        lora = lora.model_copy(update={"dtype": "float32"})
     chosen = range(model.num_layers) if level == "full" else _quick(model)
     found = {}
     for i in chosen:

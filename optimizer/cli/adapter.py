@@ -9,7 +9,7 @@ __all__ = ["command"]
 
 @click.group()
 def command() -> None:
-    """Add LoRA adapters to a build whose recipe has lora: among the options of onnx, list them, or remove one."""
+    """Add LoRA adapters to a build whose recipe has the option lora, list them, or remove one."""
 
 
 @command.command("add")
