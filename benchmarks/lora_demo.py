@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
+from llmopt.benchmarks.adapters.peft_model import distances, merged_by_peft
+from llmopt.benchmarks.adapters.tickets import SYSTEM, Conversation, held_out, trained_on
+from llmopt.benchmarks.adapters.training import Training, packed, require_peft, train
+from llmopt.benchmarks.adapters.variants import BASE, HELD_OUT, TRAINED_ON, VARIANTS, Variant, write_recipe
 from llmopt.benchmarks.child import ChildError
 from llmopt.benchmarks.demo import show
-from llmopt.benchmarks.lora.peft_model import distances, merged_by_peft
-from llmopt.benchmarks.lora.tickets import SYSTEM, Conversation, held_out, trained_on
-from llmopt.benchmarks.lora.training import Training, packed, require_peft, train
-from llmopt.benchmarks.lora.variants import BASE, HELD_OUT, TRAINED_ON, VARIANTS, Variant, write_recipe
 from llmopt.benchmarks.plain_checkpoint import write_checkpoint
 from llmopt.benchmarks.quantizers.subject import DEFAULT_SPEC
 from llmopt.benchmarks.report import markdown, publish_result, say
@@ -66,20 +66,18 @@ def write_texts(folder: Path, tokenizer_dir: Path) -> list[Conversation]:
     return training
 
 
-def make_adapter(folder: Path, checkpoint: Path) -> Path:
-    """Train the adapter, unless an earlier run did."""
+def make_adapter(folder: Path, checkpoint: Path) -> None:
+    """Train ``folder/adapter``, unless an earlier run did."""
     adapter, settings = folder / "adapter", Training()
     conversations = write_texts(folder, checkpoint)
     if adapter.is_dir():
         say(f"{adapter} is there already; remove it to train again")
-        return adapter
-    require_peft()
+        return
     say(f"\ntraining {adapter}: {settings.steps} steps of {settings.batch * _TRAINING_TOKENS} tokens")
     started, windows = time.perf_counter(), packed(conversations, checkpoint, tokens=_TRAINING_TOKENS)
     with publish(adapter) as partial:
         train(checkpoint, windows, partial, settings, base=DEFAULT_SPEC, progress=_say_loss)
     say(f"trained in {time.perf_counter() - started:.0f} s")
-    return adapter
 
 
 def _say_loss(step: int, loss: float) -> None:
@@ -160,6 +158,7 @@ def main() -> int:
     folder: Path = arguments.out / "lora-demo"
     folder.mkdir(parents=True, exist_ok=True)
     try:
+        require_peft()
         checkpoint = write_checkpoint(load_model(DEFAULT_SPEC, cache=cache_root()), folder / "checkpoint")
         make_adapter(folder, checkpoint)
         directories = [make_build(variant, folder) for variant in (BASE, *VARIANTS)]

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
+from llmopt.benchmarks.adapters.tickets import trained_on
+from llmopt.benchmarks.adapters.training import packed
+from llmopt.benchmarks.adapters.variants import HELD_OUT
 from llmopt.benchmarks.demo import show
-from llmopt.benchmarks.lora.tickets import trained_on
-from llmopt.benchmarks.lora.training import packed
-from llmopt.benchmarks.lora.variants import HELD_OUT
 from llmopt.benchmarks.quantizers.run_passes import GivenWindows, recipe_of
 from llmopt.benchmarks.quantizers.subject import DEFAULT_SPEC
 from llmopt.benchmarks.report import markdown, publish_result, say
@@ -47,7 +47,7 @@ passes:
 export:
   - checkpoint: {{format: compressed-tensors, dtype: float32}}
 verify: none
-accept: []
+accept: [{{metric: kl, max: 100, windows: 1, tokens: 8}}]
 """
 
 _HEADER = ["base", "then", "adapter kept", "perplexity", "KL, nats/token", "same top-1"]
@@ -115,7 +115,9 @@ class _Bench:
             say(f"{scheme}: {then}")
             changed, kept = self.behind(model, passes)
             found = measure_model(float_merge, changed, [self.text], threads=self.threads)
-            yield Row(scheme, then, kept, {each.metric: each for each in found})
+            row = Row(scheme, then, kept, {each.metric: each for each in found})
+            say(" | ".join(line(row)))
+            yield row
 
     def merge(self) -> dict[str, dict[str, Any]]:
         """The pass that merges the adapter."""
@@ -135,7 +137,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--windows", type=int, default=8, help="of the text that is measured on")
     parser.add_argument("--tokens", type=int, default=256, help="per window")
-    parser.add_argument("--samples", type=int, default=32, help="windows of the text that was trained on, for GPTQ")
+    parser.add_argument("--samples", type=int, default=16, help="windows of the text that was trained on, for GPTQ")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("out"))
     arguments = parser.parse_args()

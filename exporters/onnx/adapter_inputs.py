@@ -4,13 +4,27 @@ ONNX Runtime's adapter files hold values for inputs by name. An input that is an
 so a graph runs without an adapter: its factors have a rank of 0 then, and add nothing.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import numpy as np
 import onnx_ir as ir
 
-__all__ = ["BIAS", "DOWN", "UP", "adapter_inputs", "is_adapter_input", "with_defaults"]
+__all__ = ["BIAS", "DOWN", "UP", "GivenAdapters", "adapter_inputs", "is_adapter_input", "with_defaults"]
 
 DOWN, UP, BIAS = "lora_A.weight", "lora_B.weight", "lora_B.bias"
 """Ends of their names, behind the linear's. They are PEFT's own, though each matrix is transposed here."""
+
+
+@dataclass(frozen=True, slots=True)
+class GivenAdapters:
+    """An adapter that whoever runs the graph gives.
+
+    Attributes:
+        modules: Linears with inputs for its factors, and whether for a bias too.
+    """
+
+    modules: Mapping[str, bool]
 
 
 def adapter_inputs(module: str, inputs: int, outputs: int, *, biased: bool) -> list[ir.Value]:

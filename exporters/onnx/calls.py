@@ -82,16 +82,6 @@ def run_calls(
     return results
 
 
-def _random_factors(session: Any, generator: np.random.Generator) -> dict[str, np.ndarray]:
-    """An adapter of rank 4 that changes the linears' results about as much as their weights make them."""
-    found = {}
-    for value in session.get_inputs():
-        if is_adapter_input(value.name):
-            shape = [size if isinstance(size, int) else 4 for size in value.shape]
-            found[value.name] = generator.standard_normal(shape, np.float32) * np.float32(0.1)
-    return found
-
-
 def _random_adapters(session: Any, generator: np.random.Generator) -> dict[str, np.ndarray]:
     """Factors that change a linear's results about as much as its weight makes them; nothing where none are taken."""
     shapes = {value.name: value.shape for value in session.get_inputs()}
@@ -102,3 +92,13 @@ def _random_adapters(session: Any, generator: np.random.Generator) -> dict[str, 
     rank[:, -1] = 0  # an adapter need not have every linear
     factors = generator.standard_normal(shapes["lora.factors"], np.float32) * np.float32(0.1)
     return {"lora.factors": factors, "lora.ranks": rank}
+
+
+def _random_factors(session: Any, generator: np.random.Generator) -> dict[str, np.ndarray]:
+    """The same of an adapter of rank 4 whose factors are inputs each; see ``adapter_inputs.py``."""
+    found = {}
+    for value in session.get_inputs():
+        if is_adapter_input(value.name):
+            shape = [size if isinstance(size, int) else 4 for size in value.shape]
+            found[value.name] = generator.standard_normal(shape, np.float32) * np.float32(0.1)
+    return found

@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 import onnx_ir as ir
 from pydantic import Field, field_validator
 
+from llmopt.exporters.onnx.adapter_inputs import GivenAdapters
 from llmopt.exporters.onnx.batch_invariance import batch_dependent
 from llmopt.exporters.onnx.encoder_engine import export_encoder
 from llmopt.exporters.onnx.engine_files import save_graph, tensor_info, vnni_feature
@@ -252,16 +253,12 @@ class Onnx(Exporter):
                 context.note(note)
         if self.target == "cpu" and self.kernels is None and self.flavor == "llmopt" and not self._own_kernels:
             context.note("kernels: onnxruntime, because llmopt was installed without a C++ compiler")
-        adapters = read_adapters(self.adapters, model)
-        adapted = adapted_modules(adapters)
         if self.lora is not None and not self._own_kernels:
             context.note("lora: without llmopt's kernels each sequence is multiplied with the factors of all adapters")
-        differences = verify_lowering(
-            model, target, level=context.verify, seed=context.seed, adapted=adapted, lora=self.lora
-        )
-        graph, records = lowered_graph(
-            model, target, capacity=capacity, strict=context.strict, adapted=adapted, lora=self.lora
-        )
+        adapters = read_adapters(self.adapters, model)
+        lora = GivenAdapters(adapted_modules(adapters)) if adapters else self.lora
+        differences = verify_lowering(model, target, level=context.verify, seed=context.seed, lora=lora)
+        graph, records = lowered_graph(model, target, capacity=capacity, strict=context.strict, lora=lora)
         options = {"level": context.verify}
         records.append(PassRecord(name="verify_lowering", options=options, changed=False, details=differences))
         folder = directory / self.folder

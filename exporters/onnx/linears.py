@@ -1,14 +1,12 @@
 """Linears, composites and vectors of a standard graph, each made once for all that read it."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import numpy as np
 import onnx_ir as ir
 
 from llmopt.exporters.onnx import composites
-from llmopt.exporters.onnx.adapter_inputs import adapter_inputs
+from llmopt.exporters.onnx.adapter_inputs import GivenAdapters, adapter_inputs
 from llmopt.exporters.onnx.builder import GraphBuilder
 from llmopt.exporters.onnx.composites import DOMAIN
 from llmopt.exporters.onnx.weights import input_scale, linear_weight, reordered, table, vector
@@ -49,20 +47,13 @@ class Linears:
         factors: Inputs of the graph that adapters give; see ``adapter_inputs.py``.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        builder: GraphBuilder,
-        adapted: Mapping[str, bool] = MappingProxyType({}),
-        lora: Lora | None = None,
-    ) -> None:
+    def __init__(self, model: Model, builder: GraphBuilder, lora: Lora | GivenAdapters | None = None) -> None:
         self.builder = builder
         self.functions: dict[str, ir.Function] = {}
         self.made: dict[str, ir.Value] = {}
         self.factors: list[ir.Value] = []
         self._model = model
         self._lora = lora
-        self._adapted_modules = adapted
 
     def linear(self, module: str, x: ir.Value, *, order: np.ndarray | None = None) -> ir.Value:
         """``x`` times the module's weight, plus its bias; with ``order`` the outputs are in that order of rows."""
@@ -114,13 +105,13 @@ class Linears:
         return self.builder.op(function.name, *inputs, name=name, domain=DOMAIN, **attributes)
 
     def _adapted(self, module: str, y: ir.Value, x: ir.Value) -> ir.Value:
-        """``y`` plus what an adapter adds for the inputs ``x``, where adapters change the module."""
-        if module in self._adapted_modules:
-            return self._with_inputs(module, y, x)
-        numbers = {} if self._lora is None else self._lora.numbers
-        if self._lora is None or module not in numbers:
-            return y
+        """``y`` with the changes of each row's adapter, where the module takes any."""
         lora = self._lora
+        if isinstance(lora, GivenAdapters):
+            return self._given(module, y, x, lora) if module in lora.modules else y
+        numbers = {} if lora is None else lora.numbers
+        if lora is None or module not in numbers:
+            return y
         entry = lora.slots.modules[numbers[module]]
         part = [[numbers[module], entry.down, entry.up, 0, entry.outputs, int(entry.biased)]]
         added = self.composite(
@@ -131,10 +122,10 @@ class Linears:
         added.type, added.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(("batch", "tokens", entry.outputs))
         return added
 
-    def _with_inputs(self, module: str, y: ir.Value, x: ir.Value) -> ir.Value:
-        """The same with an input of the graph for each factor."""
+    def _given(self, module: str, y: ir.Value, x: ir.Value, given: GivenAdapters) -> ir.Value:
+        """The same with factors that are inputs of the graph."""
         outputs, inputs = self._model.weights[f"{module}.weight"].shape
-        factors = adapter_inputs(module, inputs, outputs, biased=self._adapted_modules[module])
+        factors = adapter_inputs(module, inputs, outputs, biased=given.modules[module])
         self.factors += factors
         down, up, *bias = factors
         added = self.builder.op("MatMul", self.builder.op("MatMul", x, down), up, name=f"{module}.lora")

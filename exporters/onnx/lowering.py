@@ -9,6 +9,7 @@ from typing import Any
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from llmopt.exporters.onnx.adapter_inputs import GivenAdapters
 from llmopt.exporters.onnx.lora import LoraOptions
 from llmopt.exporters.onnx.standard import standard_graph
 from llmopt.optimizer import loader
@@ -44,8 +45,7 @@ def stages(
     capacity: int,
     strict: bool = False,
     decoder: Decoder | None = None,
-    adapted: Mapping[str, bool] = MappingProxyType({}),
-    lora: LoraOptions | None = None,
+    lora: LoraOptions | GivenAdapters | None = None,
 ) -> Iterator[Stage]:
     """The standard graph, then the graph behind each of ``target``'s graph passes.
 
@@ -55,10 +55,9 @@ def stages(
         capacity: Positions the rope tables cover.
         strict: Whether a fallback is an error.
         decoder: What to compute with these weights; by default what the model's own config says.
-        adapted: See ``standard_graph``.
         lora: Which linears take adapters.
     """
-    graph = standard_graph(model, capacity=capacity, decoder=decoder, adapted=adapted, lora=lora)
+    graph = standard_graph(model, capacity=capacity, decoder=decoder, lora=lora)
     yield from passed(graph, target.graph_passes, options=target.options, strict=strict)
 
 
@@ -96,12 +95,10 @@ def lowered_graph(
     capacity: int,
     strict: bool = False,
     decoder: Decoder | None = None,
-    adapted: Mapping[str, bool] = MappingProxyType({}),
-    lora: LoraOptions | None = None,
+    lora: LoraOptions | GivenAdapters | None = None,
 ) -> tuple[ir.Model, list[PassRecord]]:
     """The last of ``stages``: the graph ``target`` executes, with a record per graph pass."""
-    steps = stages(model, target, capacity=capacity, strict=strict, decoder=decoder, adapted=adapted, lora=lora)
-    return finished(steps)
+    return finished(stages(model, target, capacity=capacity, strict=strict, decoder=decoder, lora=lora))
 
 
 def finished(steps: Iterator[Stage]) -> tuple[ir.Model, list[PassRecord]]:

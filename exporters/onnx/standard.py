@@ -1,12 +1,10 @@
 """The standard graph: a model as ai.onnx operators, Q/DQ and composites, before any target's lowering."""
 
-from collections.abc import Mapping
-from types import MappingProxyType
-
 import numpy as np
 import onnx_ir as ir
 
 from llmopt.exporters.onnx import composites
+from llmopt.exporters.onnx.adapter_inputs import GivenAdapters
 from llmopt.exporters.onnx.builder import GraphBuilder
 from llmopt.exporters.onnx.composites import DOMAIN, OPSET
 from llmopt.exporters.onnx.linears import Linears, Lora
@@ -26,8 +24,7 @@ def standard_graph(
     *,
     capacity: int,
     decoder: Decoder | None = None,
-    adapted: Mapping[str, bool] = MappingProxyType({}),
-    lora: LoraOptions | None = None,
+    lora: LoraOptions | GivenAdapters | None = None,
 ) -> ir.Model:
     """The engine contract's graph (docs/architecture.md) of a decoder-only model.
 
@@ -35,10 +32,9 @@ def standard_graph(
         model: Its weights are read only when the graph is saved.
         capacity: Positions the rope tables cover.
         decoder: What to compute with these weights; by default what the model's own config says.
-        adapted: Linears with inputs for an adapter's factors, and whether for a bias too; see ``adapter_inputs.py``.
-        lora: Which linears take the adapter that each sequence chooses; none of them by default.
+        lora: Which linears take adapters; none of them by default.
     """
-    return _Graph(model, decoder or model.decoder, capacity, adapted, lora).build()
+    return _Graph(model, decoder or model.decoder, capacity, lora).build()
 
 
 def _input(name: str, dtype: ir.DataType, *dims: int | str) -> ir.Value:
@@ -48,14 +44,7 @@ def _input(name: str, dtype: ir.DataType, *dims: int | str) -> ir.Value:
 class _Graph:
     """Builds the graph of one decoder-only model; a method per part."""
 
-    def __init__(
-        self,
-        model: Model,
-        decoder: Decoder,
-        capacity: int,
-        adapted: Mapping[str, bool],
-        lora: LoraOptions | None,
-    ) -> None:
+    def __init__(self, model: Model, decoder: Decoder, capacity: int, lora: LoraOptions | GivenAdapters | None) -> None:
         self.model = model
         self.decoder = decoder
         self.capacity = capacity
@@ -66,7 +55,7 @@ class _Graph:
         self.rows = _input("logit_rows", ir.DataType.INT64, "rows")
         self.past = [self._cache("past", i) for i in range(len(decoder.layers))]
         self.adapters: list[ir.Value] = []
-        self.parts = Linears(model, self.builder, adapted, None if lora is None else self._lora(lora))
+        self.parts = Linears(model, self.builder, self._lora(lora) if isinstance(lora, LoraOptions) else lora)
 
     def build(self) -> ir.Model:
         builder = self.builder

@@ -6,14 +6,13 @@ spread. A single layer with embedding and head shows every mistake of a graph pa
 """
 
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
+from llmopt.exporters.onnx.adapter_inputs import GivenAdapters
 from llmopt.exporters.onnx.calls import CALLS, CAPACITY, run_calls
 from llmopt.exporters.onnx.divergence import first_divergence, relative_errors
 from llmopt.exporters.onnx.layer_check import (
@@ -41,13 +40,7 @@ _WINDOW = 6
 
 
 def verify_lowering(
-    model: Model,
-    target: Target,
-    *,
-    level: Level,
-    seed: int,
-    adapted: Mapping[str, bool] = MappingProxyType({}),
-    lora: LoraOptions | None = None,
+    model: Model, target: Target, *, level: Level, seed: int, lora: LoraOptions | GivenAdapters | None = None
 ) -> dict[str, dict[str, float]]:
     """Compare the graphs before and after each graph pass, and the first with the last, on single layers.
 
@@ -57,7 +50,6 @@ def verify_lowering(
         level: quick: the first, a middle and the last layer, and one of every other kind; full: every layer; none:
             nothing.
         seed: Of the token ids that are fed.
-        adapted: See ``standard_graph``; what adapters give is random.
         lora: Which linears take adapters; those that are fed are random.
 
     Returns:
@@ -72,12 +64,13 @@ def verify_lowering(
         return {}
     model = _small_vocabulary(model)
     # numpy has no bfloat16 to feed; but for what it reads the kernel is the same.
-    lora = None if lora is None else lora.model_copy(update={"dtype": "float32"})
+    if isinstance(lora, LoraOptions):
+        lora = lora.model_copy(update={"dtype": "float32"})
     chosen = range(model.num_layers) if level == "full" else _quick(model)
     found = {}
     for i in chosen:
         with tempfile.TemporaryDirectory() as folder:
-            found[f"layers.{i}"] = _Layer(model, i, seed, Sessions(Path(folder)), target, adapted, lora).verify()
+            found[f"layers.{i}"] = _Layer(model, i, seed, Sessions(Path(folder)), target, lora).verify()
     return found
 
 
@@ -108,8 +101,7 @@ class _Layer:
     seed: int
     sessions: Sessions
     target: Target
-    adapted: Mapping[str, bool]
-    lora: LoraOptions | None
+    lora: LoraOptions | GivenAdapters | None
     decoder: Decoder = field(init=False)
 
     def __post_init__(self) -> None:
@@ -118,14 +110,7 @@ class _Layer:
     def verify(self) -> dict[str, float]:
         """The differences of ``verify_lowering``."""
         return compare_stages(
-            stages(
-                self.model,
-                self.target,
-                capacity=CAPACITY,
-                decoder=self.decoder,
-                adapted=self.adapted,
-                lora=self.lora,
-            ),
+            stages(self.model, self.target, capacity=CAPACITY, decoder=self.decoder, lora=self.lora),
             self.sessions,
             layer=self.i,
             run=self._logits,

@@ -9,10 +9,7 @@ __all__ = ["command"]
 
 @click.group()
 def command() -> None:
-    """Add LoRA adapters to a build that takes them, list them, or remove one.
-
-    A build takes adapters where its recipe has lora: among the options of onnx.
-    """
+    """Add LoRA adapters to a build whose recipe has the option lora, list them, or remove one."""
 
 
 @command.command("add")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime_genai as og
 import pytest
 from safetensors.torch import load_file, save_file
@@ -102,7 +103,10 @@ def test_it_follows_a_base_that_passes_changed(family, passes, family_of, adapte
     behind = model
     for each in passes:
         behind = each.run(behind, PassContext())
-    plain, adapted = generated(folder_of(behind, tmp_path / "support"), "", "support")
+    folder = folder_of(behind, tmp_path / "support")
+    inputs = onnx.load(folder / "model.onnx", load_external_data=False).graph.input
+    assert any(value.name.endswith(".lora_B.bias") for value in inputs) == (family == "gpt2")
+    plain, adapted = generated(folder, "", "support")
     assert plain == generated(folder_of(model), "")[0]
     assert adapted == generated(folder_of(merged(model, tmp_path / "support")), "")[0] != plain
 

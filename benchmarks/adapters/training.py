@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmopt.benchmarks.lora.tickets import Conversation
+from llmopt.benchmarks.adapters.tickets import Conversation
 from llmopt.calibration.documents import Document
 from llmopt.calibration.encoding import Encoder
 from llmopt.optimizer.errors import InputError, MissingExtraError

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from llmopt.benchmarks.lora.variants import BASE, HELD_OUT, TRAINED_ON, VARIANTS, write_recipe
+from llmopt.benchmarks.adapters.variants import BASE, HELD_OUT, TRAINED_ON, VARIANTS, write_recipe
 from llmopt.optimizer.recipe import Recipe
 
 

@@ -1,6 +1,6 @@
 """The text that the demo's adapter is trained on: made here, always the same, and apart from what is measured on."""
 
-from llmopt.benchmarks.lora.tickets import Conversation, held_out, trained_on
+from llmopt.benchmarks.adapters.tickets import Conversation, held_out, trained_on
 
 
 def kind(conversation: Conversation) -> tuple[str, str]:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmopt.benchmarks.lora.peft_model import distances, merged_by_peft
+from llmopt.benchmarks.adapters.peft_model import distances, merged_by_peft
 from llmopt.exporters.onnx.exporter import Onnx
 from llmopt.optimizer.contracts import PassContext
 from llmopt.optimizer.model import Model

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llmopt.benchmarks.lora.tickets import trained_on
-from llmopt.benchmarks.lora.training import Training, packed, require_peft, train
+from llmopt.benchmarks.adapters.tickets import trained_on
+from llmopt.benchmarks.adapters.training import Training, packed, require_peft, train
 from llmopt.optimizer.errors import InputError, MissingExtraError
 from llmopt.optimizer.lora.adapter import read_adapter
 from llmopt.optimizer.sources import load_model
