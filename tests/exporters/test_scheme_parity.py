@@ -24,13 +24,12 @@ from llmopt.runtime.backends.onnxruntime import OnnxRuntimeBackend, open_backend
 
 CAPACITY = 32
 INT8_TENSOR = {"num_bits": 8, "strategy": "tensor"}
-W8A8_STATIC = {"weights": {"num_bits": 8, "strategy": "channel"}, "input_activations": INT8_TENSOR}
 FP8_WEIGHTS = {"weights": {"num_bits": 8, "type": "float", "strategy": "channel"}}
 ASYMMETRIC = {"num_bits": 2, "strategy": "group", "group_size": 32, "symmetric": False}
 
 SCHEMES: dict[str, dict[str, Any]] = {
     "W8A8": {"scheme": "W8A8"},
-    "W8A8 static": {"scheme": W8A8_STATIC, "head": W8A8_STATIC},
+    "W8A8_STATIC": {"scheme": "W8A8_STATIC", "head": "W8A8_STATIC"},
     "W8A8 per tensor": {"scheme": {"weights": INT8_TENSOR, "input_activations": INT8_TENSOR}},
     "W8A16 per tensor": {"scheme": {"weights": INT8_TENSOR}},
     "W8A16": {"scheme": "W8A16"},
@@ -114,8 +113,8 @@ def test_a_sequence_is_decoded_to_the_same_bits_whatever_shares_the_step(name, b
 @pytest.mark.parametrize(
     ("name", "operators"),
     [
-        ("W8A8 static", {"MatMulIntegerToFloat": 9, "MatMul": 0, "DequantizeLinear": 0}),
-        ("W8A8 per tensor", {"MatMulIntegerToFloat": 9, "MatMul": 0}),
+        ("W8A8_STATIC", {"MatMulIntegerToFloat": 9, "MatMul": 0, "DequantizeLinear": 0}),
+        ("W8A8 per tensor", {"MatMulIntegerToFloat": 8, "MatMul": 0}),
         ("W8A16 per tensor", {"MatMulNBits": 9, "MatMul": 0}),
         ("W3A16", {"MatMulNBits": 8, "DequantizeLinear": 0}),
         ("W2A16", {"MatMulNBits": 9, "MatMul": 0, "DequantizeLinear": 0}),

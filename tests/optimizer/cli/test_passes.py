@@ -28,7 +28,7 @@ def test_the_options_of_a_pass_are_shown_with_type_default_and_meaning(
     assert run("round_to_nearest") == 0
     shown = capsys.readouterr().out
     (scheme,) = [line for line in shown.splitlines() if line.split()[:1] == ["scheme"] and "required" in line][:1]
-    assert "W8A8, W8A16, W4A16" in scheme
+    assert "W8A8, W8A8_STATIC, W8A16, W4A16" in scheme
     (size,) = [line for line in shown.splitlines() if line.split()[:1] == ["group_size"] and "overriding" in line]
     assert "integer" in size
     assert "not set" in size
