@@ -99,7 +99,7 @@ def test_values_are_set_in_an_empty_recipe_too() -> None:
         ("passes.0.round_to_nearest.gruop=3", "--set:1: passes.0.round_to_nearest.gruop: unknown option 'gruop'"),
         ("passes.0.round_to_nearest.scheme=W9", "--set:1: passes.0.round_to_nearest.scheme: unknown scheme 'W9'"),
         ("passes.0.gptq={}", "--set:1: passes.0.gptq: has 2 keys, and an item names one thing: round_to_nearest, gptq"),
-        ("export.0=tensorrt", "--set:1: export.0: no exporter named 'tensorrt'"),
+        ("export.0=coreml", "--set:1: export.0: no exporter named 'coreml'"),
         ("accept=[{metric: kl, max: x}]", "--set:1: accept.0.max: must be a number, not the text 'x'"),
         ("model=${NOWHERE_TO_BE_FOUND}", "--set:1: model: the environment variable NOWHERE_TO_BE_FOUND is not set"),
     ],
