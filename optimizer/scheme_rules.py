@@ -11,7 +11,7 @@ def cpu_refusal(scheme: Scheme, *, experts: bool) -> str | None:
         return "the cpu target has no kernel for experts that quantizes activations; W8A16 and W4A16 leave them"
     if scheme.weights.type == "float":
         return _cpu_fp8_refusal(scheme, experts=experts)
-    return _cpu_inputs_refusal(scheme) or _cpu_weights_refusal(scheme)
+    return _cpu_inputs_refusal(scheme) or _sharing_refusal(scheme, "cpu")
 
 
 def _cpu_fp8_refusal(scheme: Scheme, *, experts: bool) -> str | None:
@@ -44,12 +44,13 @@ def _cpu_inputs_refusal(scheme: Scheme) -> str | None:
     return None
 
 
-def _cpu_weights_refusal(scheme: Scheme) -> str | None:
+def _sharing_refusal(scheme: Scheme, target: str) -> str | None:
+    """Of ONNX Runtime's kernels for blocks of weights, by what shares a scale."""
     weights = scheme.weights
     if weights.strategy not in ("tensor", "channel", "group"):
-        return "the cpu target takes integers' scales per tensor, per channel or per group"
+        return f"the {target} target takes integers' scales per tensor, per channel or per group"
     if weights.group_size is not None and weights.group_size % 16:
-        return f"the cpu target needs a group size that is a multiple of 16, not {weights.group_size}"
+        return f"the {target} target needs a group size that is a multiple of 16, not {weights.group_size}"
     return None
 
 
@@ -66,11 +67,7 @@ def cuda_refusal(scheme: Scheme, *, experts: bool) -> str | None:
         return "ONNX Runtime's CUDA provider has no kernel for FP8 weights; W8A16 takes as many bits"
     if weights.num_bits not in (4, 8):
         return f"ONNX Runtime's CUDA provider has kernels for weights of 4 and 8 bits, not {weights.num_bits}"
-    if weights.strategy not in ("tensor", "channel", "group"):
-        return "the cuda target takes integers' scales per tensor, per channel or per group"
-    if weights.group_size is not None and weights.group_size % 16:
-        return f"the cuda target needs a group size that is a multiple of 16, not {weights.group_size}"
-    return None
+    return _sharing_refusal(scheme, "cuda")
 
 
 def tensorrt_refusal(scheme: Scheme, *, experts: bool) -> str | None:

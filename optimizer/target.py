@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from llmopt.optimizer.scheme import Scheme
 from llmopt.optimizer.scheme_rules import cpu_refusal, cuda_refusal, tensorrt_refusal
 
-__all__ = ["TARGETS", "Target"]
+__all__ = ["HALF", "TARGETS", "Target"]
 
 
 class _Rules(Protocol):
@@ -47,17 +47,18 @@ class Target:
     def in_precision(self, dtype: str) -> "Target":
         """The same computing in ``float16``, ``bfloat16`` or, for comparing, ``float32``."""
         if dtype == "float32":
-            kept = (tuple(name for name in each if name != _HALF) for each in (self.graph_passes, self.encoder_passes))
+            kept = (tuple(name for name in each if name != HALF) for each in (self.graph_passes, self.encoder_passes))
             graph_passes, encoder_passes = kept
             return replace(self, graph_passes=graph_passes, encoder_passes=encoder_passes)
-        return replace(self, options={**self.options, _HALF: {"dtype": dtype}})
+        return replace(self, options={**self.options, HALF: {"dtype": dtype}})
 
     def refusal(self, scheme: Scheme, *, experts: bool = False) -> str | None:
         """Why this target cannot run ``scheme`` in a linear, or in the experts of a mixture; None when it can."""
         return self.rules(scheme, experts=experts)
 
 
-_HALF = "use_half_precision"
+HALF = "use_half_precision"
+"""The graph pass after which floats have 16 bits."""
 
 _TO_KERNELS = (
     "share_activation_quantization",
@@ -79,7 +80,7 @@ _TO_TENSORRT = (
     "eliminate_common_subexpressions",
     "eliminate_dead_code",
     "share_weights",
-    _HALF,
+    HALF,
 )
 """How every lowering for TensorRT ends: operators of ai.onnx only, in 16 bits."""
 
@@ -111,7 +112,7 @@ TARGETS = {
     ),
     "cuda": Target(
         name="cuda",
-        graph_passes=(*_DECODERS, *_TO_KERNELS, "lower_norm", _HALF, "lower_opset"),
+        graph_passes=(*_DECODERS, *_TO_KERNELS, "lower_norm", HALF, "lower_opset"),
         encoder_passes=(),
         rules=cuda_refusal,
         options={"lower_linear": {"executor": "cuda"}, "lower_embedding": {"executor": "cuda"}},

@@ -5,16 +5,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from llmopt.optimizer.cache import digest_of
 from llmopt.optimizer.contracts import PassContext, WeightPass
-from llmopt.optimizer.errors import LlmoptError, PassError
+from llmopt.optimizer.errors import PassError
 from llmopt.optimizer.lora.adapter import Adapter, read_adapter
-from llmopt.optimizer.lora.config import CONFIG_NAME, WEIGHTS_NAME, read_config
+from llmopt.optimizer.lora.config import CONFIG_NAME, WEIGHTS_NAME, AdapterPath
 from llmopt.optimizer.manifest import sha256_of
 from llmopt.optimizer.model import DenseWeight, Model, QuantWeight, Weight
-from llmopt.optimizer.recipe_path import Located, RecipePath
 from llmopt.passes._combining import Combination, Method, Sign
 from llmopt.passes._merged import merged_weights, untied
 from llmopt.passes._preparing import refuse_quantized_cache
@@ -28,17 +27,8 @@ class MergedAdapter(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    path: RecipePath = Field(description="A folder that PEFT's save_pretrained wrote, relative to the recipe.")
+    path: AdapterPath = Field(description="A folder that PEFT's save_pretrained wrote, relative to the recipe.")
     weight: float = Field(1.0, description="What its changes are multiplied with; below 0 they are taken away.")
-
-    @field_validator("path")
-    @classmethod
-    def _is_a_lora(cls, value: Located) -> Located:
-        try:
-            read_config(value.place)
-        except LlmoptError as error:
-            raise ValueError(f"{error.message}; {error.hint}") from error
-        return value
 
 
 class MergeLora(WeightPass):

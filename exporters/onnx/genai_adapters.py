@@ -4,19 +4,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from llmopt.exporters.onnx.adapter_inputs import BIAS, DOWN, UP
 from llmopt.exporters.onnx.weights import packed_order
 from llmopt.optimizer.decoder import Decoder, Experts
-from llmopt.optimizer.errors import InputError, LlmoptError, UnsupportedError
+from llmopt.optimizer.errors import InputError, UnsupportedError
 from llmopt.optimizer.lora.adapter import read_adapter
-from llmopt.optimizer.lora.config import CONFIG_NAME, WEIGHTS_NAME, read_config
+from llmopt.optimizer.lora.config import CONFIG_NAME, WEIGHTS_NAME, AdapterPath
 from llmopt.optimizer.lora.factors import LoraFactors, factors_of
 from llmopt.optimizer.manifest import PassRecord, sha256_of
 from llmopt.optimizer.model import Model
-from llmopt.optimizer.recipe_path import Located, RecipePath
 
 __all__ = ["GenaiAdapter", "adapted_modules", "check_adapters", "read_adapters", "write_adapters"]
 
@@ -28,19 +27,10 @@ class GenaiAdapter(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    path: RecipePath = Field(description="A folder that PEFT's save_pretrained wrote, relative to the recipe.")
+    path: AdapterPath = Field(description="A folder that PEFT's save_pretrained wrote, relative to the recipe.")
     name: str = Field(
         pattern=r"^\w[\w.-]*$", description="Of its file: NAME.onnx_adapter; letters, digits, _, - and points."
     )
-
-    @field_validator("path")
-    @classmethod
-    def _is_a_lora(cls, value: Located) -> Located:
-        try:
-            read_config(value.place)
-        except LlmoptError as error:
-            raise ValueError(f"{error.message}; {error.hint}") from error
-        return value
 
 
 Adapters = Mapping[str, Mapping[str, LoraFactors]]

@@ -10,6 +10,7 @@ from llmopt.exporters.onnx.lowering import Stage
 from llmopt.exporters.onnx.sessions import Sessions
 from llmopt.optimizer.errors import MissingExtraError, VerificationError, is_out_of_memory
 from llmopt.optimizer.model import DenseWeight, QuantWeight, Weight
+from llmopt.optimizer.target import HALF
 
 __all__ = [
     "HALF_LIMIT",
@@ -41,7 +42,6 @@ ROUNDED_LIMIT = 0.1
 way, one row in a thousand has one, and moves by up to 0.02; the median of a call's rows stays below ``LIMIT``."""
 
 WHOLE = "the lowering as a whole"
-_HALF = "use_half_precision"
 
 Outputs = TypeVar("Outputs")
 
@@ -134,7 +134,7 @@ def limits(name: str, passes: Sequence[str], weights: Iterable[Weight]) -> tuple
         passes: All of the lowering.
         weights: Of the layer's linears.
     """
-    halves = name == _HALF or (name == WHOLE and _HALF in passes)
+    halves = name == HALF or (name == WHOLE and HALF in passes)
     schemes = [weight.scheme for weight in weights if isinstance(weight, QuantWeight)]
     rounds = any(scheme.input_activations is not None for scheme in schemes)
     if halves:

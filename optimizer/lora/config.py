@@ -3,15 +3,16 @@
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from llmopt.optimizer.checkpoint import some
-from llmopt.optimizer.errors import InputError, UnsupportedError
+from llmopt.optimizer.errors import InputError, LlmoptError, UnsupportedError
 from llmopt.optimizer.hf_config import read_json
+from llmopt.optimizer.recipe_path import Located, RecipePath
 
-__all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "AdapterConfig", "read_config"]
+__all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "AdapterConfig", "AdapterPath", "read_config"]
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -199,3 +200,15 @@ def _check_numbers(config: AdapterConfig, folder: Path) -> None:
             raise InputError(
                 f"{folder}: {expression!r} is no regular expression: {error}", hint=f"correct {CONFIG_NAME}"
             ) from error
+
+
+def _checked(path: Located) -> Located:
+    try:
+        read_config(path.place)
+    except LlmoptError as error:
+        raise ValueError(f"{error.message}; {error.hint}") from error
+    return path
+
+
+AdapterPath: TypeAlias = Annotated[RecipePath, AfterValidator(_checked)]
+"""The type of an option that names an adapter's folder, which must hold one that llmopt can read."""

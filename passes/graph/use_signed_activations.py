@@ -4,7 +4,6 @@ import numpy as np
 import onnx_ir as ir
 
 from llmopt.optimizer.contracts import GraphPass, PassContext
-from llmopt.passes.graph._rules import producer
 
 __all__ = ["UseSignedActivations"]
 
@@ -45,8 +44,5 @@ def _is_middle(node: ir.Node) -> bool:
     """Whether the zero point is the constant uint8 128, for all numbers."""
     if len(node.inputs) < 3 or node.inputs[2] is None or node.inputs[2].dtype == ir.DataType.INT8:
         return False
-    value = node.inputs[2]
-    tensor = ir.convenience.get_const_tensor(value)
-    if tensor is None and (made := producer(value, "Constant")) is not None:
-        tensor = made.attributes["value"].as_tensor()
+    tensor = ir.convenience.get_const_tensor(node.inputs[2])
     return tensor is not None and tensor.dtype == ir.DataType.UINT8 and bool((tensor.numpy() == _MIDDLE).all())
