@@ -6,12 +6,13 @@ from pathlib import Path
 import onnx_ir as ir
 
 from llmopt.optimizer.contracts import PassContext
+from llmopt.optimizer.errors import UnsupportedError
 from llmopt.optimizer.instructions import VNNI, host_instructions
 from llmopt.optimizer.manifest import TensorInfo
 from llmopt.optimizer.model import Model, QuantWeight
 from llmopt.optimizer.scheme import Scheme
 
-__all__ = ["save_graph", "tensor_info", "vnni_feature"]
+__all__ = ["check_capacity", "save_graph", "tensor_info", "vnni_feature"]
 
 _DTYPES = {
     ir.DataType.FLOAT: "float32",
@@ -20,6 +21,14 @@ _DTYPES = {
     ir.DataType.INT64: "int64",
     ir.DataType.INT8: "int8",
 }
+
+
+def check_capacity(capacity: int | None, longest: int) -> None:
+    """Raise ``UnsupportedError`` where a recipe's capacity is beyond the ``longest`` sequence that the model takes."""
+    if capacity is not None and capacity > longest:
+        raise UnsupportedError(
+            f"capacity {capacity} is beyond the model's {longest} positions", hint="lower it or leave it out"
+        )
 
 
 def save_graph(graph: ir.Model, folder: Path, context: PassContext) -> None:

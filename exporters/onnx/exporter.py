@@ -14,8 +14,9 @@ from pydantic import Field, field_validator
 
 from llmopt.exporters.onnx.adapter_inputs import GivenAdapters
 from llmopt.exporters.onnx.batch_invariance import batch_dependent
+from llmopt.exporters.onnx.decoder_engine import describe_decoder, longest_of, lowered_decoder
 from llmopt.exporters.onnx.encoder_engine import export_encoder
-from llmopt.exporters.onnx.engine_files import save_graph, tensor_info, vnni_feature
+from llmopt.exporters.onnx.engine_files import check_capacity, save_graph, vnni_feature
 from llmopt.exporters.onnx.genai import with_genai_interface, write_genai_files
 from llmopt.exporters.onnx.genai_adapters import (
     GenaiAdapter,
@@ -25,9 +26,6 @@ from llmopt.exporters.onnx.genai_adapters import (
     write_adapters,
 )
 from llmopt.exporters.onnx.lora import LoraOptions, lora_slots
-from llmopt.exporters.onnx.lowering import lowered_graph
-from llmopt.exporters.onnx.rope import check_rope, longest_with, rope_note
-from llmopt.exporters.onnx.verify import verify_lowering
 from llmopt.optimizer import kernels
 from llmopt.optimizer.contracts import Exporter, Feature, PassContext
 from llmopt.optimizer.decoder import Decoder
@@ -141,17 +139,14 @@ class Onnx(Exporter):
             longest = self._pooled(model).encoder.max_positions
         else:
             self._check_decoder(model.decoder)
+            longest = longest_of(model.decoder)
             check_adapters(self.adapters, model)
-            longest = self._longest(model.decoder)
         if self.adapters and self.flavor != "genai":
             raise UnsupportedError(
                 f"adapters are files for onnxruntime-genai, and the flavor is {self.flavor}",
                 hint="set flavor: genai, or merge one with the pass merge_lora",
             )
-        if self.capacity is not None and self.capacity > longest:
-            raise UnsupportedError(
-                f"capacity {self.capacity} is beyond the model's {longest} positions", hint="lower it or leave it out"
-            )
+        check_capacity(self.capacity, longest)
 
     def longest(self, model: Model) -> int:
         """See ``Exporter.longest``."""
@@ -241,26 +236,18 @@ class Onnx(Exporter):
                 "kernels: llmopt is not possible: this llmopt was installed without a C++ compiler",
                 hint="install a compiler and llmopt again, or set kernels: onnxruntime",
             )
-        for rope in decoder.ropes:
-            check_rope(rope)
 
     def _export_decoder(
         self, model: Model, target: Target, directory: Path, context: PassContext
     ) -> tuple[Engine | Checkpoint, list[PassRecord]]:
         capacity = self.longest(model)
-        for rope in model.decoder.ropes:
-            if note := rope_note(rope, capacity):
-                context.note(note)
         if self.target == "cpu" and self.kernels is None and self.flavor == "llmopt" and not self._own_kernels:
             context.note("kernels: onnxruntime, because llmopt was installed without a C++ compiler")
         if self.lora is not None and not self._own_kernels:
             context.note("lora: without llmopt's kernels each sequence is multiplied with the factors of all adapters")
         adapters = read_adapters(self.adapters, model)
         lora = GivenAdapters(adapted_modules(adapters)) if adapters else self.lora
-        differences = verify_lowering(model, target, level=context.verify, seed=context.seed, lora=lora)
-        graph, records = lowered_graph(model, target, capacity=capacity, strict=context.strict, lora=lora)
-        options = {"level": context.verify}
-        records.append(PassRecord(name="verify_lowering", options=options, changed=False, details=differences))
+        graph, records = lowered_decoder(model, target, target, context, capacity=capacity, lora=lora)
         folder = directory / self.folder
         if self.flavor == "genai":
             save_graph(with_genai_interface(graph), folder, context)
@@ -271,28 +258,17 @@ class Onnx(Exporter):
         save_graph(graph, folder, context)
         if self.lora is not None:
             save_base(model, directory)
-        return self._describe(model, graph, capacity), records
+        return self._describe(model, target, graph, capacity), records
 
-    def _longest(self, decoder: Decoder) -> int:
-        """The longest sequence in tokens that the model's positions allow."""
-        return min((longest_with(rope) for rope in decoder.ropes), default=decoder.max_positions)
-
-    def _describe(self, model: Model, graph: ir.Model, capacity: int) -> Engine:
-        decoder = model.decoder
-        inputs = [tensor_info(value) for value in graph.graph.inputs]
+    def _describe(self, model: Model, target: Target, graph: ir.Model, capacity: int) -> Engine:
         on_cpu = self.target == "cpu"
-        return Engine(
+        return describe_decoder(
+            model,
+            target,
+            graph,
+            capacity,
             exporter="onnx",
-            target=self.target,
             path=f"{self.folder}/model.onnx",
-            inputs=inputs,
-            outputs=[tensor_info(value) for value in graph.graph.outputs],
-            num_layers=len(decoder.layers),
-            kv_heads=decoder.kv_heads,
-            head_dim=decoder.head_dim,
-            kv_dtype=next(each.dtype for each in inputs if each.name.startswith("past.")),
-            vocab_size=decoder.vocab_size,
-            capacity=capacity,
             max_chunk=min(_MAX_CHUNK, capacity),
             min_chunk=2,
             batch_invariant=on_cpu and not batch_dependent(graph),
@@ -302,7 +278,7 @@ class Onnx(Exporter):
                 *(vnni_feature(model) if on_cpu else []),
                 *([] if self.lora is None else [LORA_FEATURE]),
             ],
-            lora=None if self.lora is None else lora_slots(model, decoder, self.lora),
+            lora=None if self.lora is None else lora_slots(model, model.decoder, self.lora),
         )
 
 

@@ -20,7 +20,7 @@ from llmopt.optimizer.model import Model
 from llmopt.optimizer.records import Recorder
 from llmopt.optimizer.target import Target
 
-__all__ = ["Stage", "finished", "lowered_graph", "passed", "stages"]
+__all__ = ["Stage", "finished", "passed", "stages"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,19 +86,6 @@ def passed(
         loader.load("passes.graph", name)(**chosen).run(graph, context)
         recorder.detail("operators", {"before": before, "after": _operators(graph)})
         yield Stage(name, graph, recorder.record(changed=bool(recorder.details["applied"])))
-
-
-def lowered_graph(
-    model: Model,
-    target: Target,
-    *,
-    capacity: int,
-    strict: bool = False,
-    decoder: Decoder | None = None,
-    lora: LoraOptions | GivenAdapters | None = None,
-) -> tuple[ir.Model, list[PassRecord]]:
-    """The last of ``stages``: the graph ``target`` executes, with a record per graph pass."""
-    return finished(stages(model, target, capacity=capacity, strict=strict, decoder=decoder, lora=lora))
 
 
 def finished(steps: Iterator[Stage]) -> tuple[ir.Model, list[PassRecord]]:

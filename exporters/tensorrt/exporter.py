@@ -7,17 +7,14 @@ from typing import ClassVar, Literal
 import onnx_ir as ir
 from pydantic import Field, field_validator
 
+from llmopt.exporters.onnx.decoder_engine import describe_decoder, longest_of, lowered_decoder
 from llmopt.exporters.onnx.encoder_engine import describe_encoder, lowered_encoder
-from llmopt.exporters.onnx.engine_files import save_graph, tensor_info
-from llmopt.exporters.onnx.lowering import lowered_graph
-from llmopt.exporters.onnx.rope import check_rope, longest_with, rope_note
-from llmopt.exporters.onnx.verify import verify_lowering
+from llmopt.exporters.onnx.engine_files import check_capacity, save_graph, tensor_info
 from llmopt.exporters.tensorrt.compiler import Compiler, Profile
 from llmopt.exporters.tensorrt.graph import fix_capacity, name_nodes
 from llmopt.exporters.tensorrt.network import check_network, describe_network
 from llmopt.exporters.tensorrt.package import find_package
 from llmopt.optimizer.contracts import Exporter, Feature, PassContext
-from llmopt.optimizer.errors import UnsupportedError
 from llmopt.optimizer.manifest import Checkpoint, EncoderEngine, Engine, PassRecord
 from llmopt.optimizer.model import DenseWeight, Model
 from llmopt.optimizer.target import TARGETS, Target
@@ -84,15 +81,9 @@ class TensorRT(Exporter):
         """
         find_package().check_targets(self.targets)
         if model.is_encoder:
-            longest = model.encoder.max_positions
+            check_capacity(self.capacity, model.encoder.max_positions)
         else:
-            for rope in model.decoder.ropes:
-                check_rope(rope)
-            longest = min((longest_with(rope) for rope in model.decoder.ropes), default=model.decoder.max_positions)
-        if self.capacity is not None and self.capacity > longest:
-            raise UnsupportedError(
-                f"capacity {self.capacity} is beyond the model's {longest} positions", hint="lower it or leave it out"
-            )
+            check_capacity(self.capacity, longest_of(model.decoder))
 
     def longest(self, model: Model) -> int:
         """See ``Exporter.longest``."""
@@ -125,16 +116,16 @@ class TensorRT(Exporter):
         self, model: Model, target: Target, directory: Path, context: PassContext
     ) -> tuple[Engine, list[PassRecord]]:
         capacity = self.longest(model)
-        for rope in model.decoder.ropes:
-            if note := rope_note(rope, capacity):
-                context.note(note)
-        differences = verify_lowering(model, self._verified(target), level=context.verify, seed=context.seed)
-        graph, records = lowered_graph(model, target, capacity=capacity, strict=context.strict)
-        options = {"level": context.verify}
-        records.append(PassRecord(name="verify_lowering", options=options, changed=False, details=differences))
+        graph, records = lowered_decoder(model, target, self._verified(target), context, capacity=capacity)
         fix_capacity(graph, capacity)
         compiled, record = self._compile(graph, directory, self._profiles(capacity), context)
-        return self._describe(model, graph, capacity, compiled), [*records, record]
+        engine = describe_decoder(
+            model, target, graph, capacity,
+            exporter="tensorrt", path=f"{self.folder}/model.onnx", slots=self.slots,
+            max_chunk=min(self.max_chunk, capacity), min_chunk=1, batch_invariant=False,
+            features=[find_package().name], compiled=compiled,
+        )  # fmt: skip
+        return engine, [*records, record]
 
     def _export_encoder(
         self, model: Model, target: Target, directory: Path, context: PassContext
@@ -192,28 +183,6 @@ class TensorRT(Exporter):
             Profile("prefill", {"batch": one, "tokens": (1, chunk, chunk), "rows": (1, 1, chunk)}),
             Profile("decode", {"batch": slots, "tokens": one, "rows": slots}),
         ]
-
-    def _describe(self, model: Model, graph: ir.Model, capacity: int, compiled: dict[str, str]) -> Engine:
-        decoder = model.decoder
-        return Engine(
-            exporter="tensorrt",
-            target="tensorrt",
-            path=f"{self.folder}/model.onnx",
-            inputs=[tensor_info(value) for value in graph.graph.inputs],
-            outputs=[tensor_info(value) for value in graph.graph.outputs],
-            num_layers=len(decoder.layers),
-            kv_heads=decoder.kv_heads,
-            head_dim=decoder.head_dim,
-            kv_dtype=self._dtype,
-            vocab_size=decoder.vocab_size,
-            capacity=capacity,
-            slots=self.slots,
-            max_chunk=min(self.max_chunk, capacity),
-            min_chunk=1,
-            batch_invariant=False,
-            features=[find_package().name],
-            compiled=compiled,
-        )
 
 
 def _dims(values: Sequence[ir.Value]) -> Mapping[str, Sequence[int | str]]:

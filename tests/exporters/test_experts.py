@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from llmopt.exporters.onnx.exporter import Onnx
-from llmopt.exporters.onnx.lowering import lowered_graph
+from llmopt.exporters.onnx.lowering import finished, stages
 from llmopt.exporters.onnx.verify import verify_lowering
 from llmopt.optimizer.contracts import PassContext
 from llmopt.optimizer.decoder import Experts
@@ -87,7 +87,7 @@ def test_all_experts_of_a_layer_are_one_operator(model_of, family: str, options:
     experts = [model.weights[f"{name}.weight"] for name in model.decoder.expert_linears]
     assert experts
     assert all(isinstance(weight, QuantWeight) for weight in experts)
-    graph, records = lowered_graph(model, CPU, capacity=CAPACITY)
+    graph, records = finished(stages(model, CPU, capacity=CAPACITY))
     assert sum(node.op_type == "QMoE" for node in graph.graph) == _mixtures(model)
     assert [fallback for record in records for fallback in record.fallbacks] == []
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from llmopt.exporters.onnx.lowering import lowered_graph
+from llmopt.exporters.onnx.lowering import finished, stages
 from llmopt.optimizer.contracts import PassContext
 from llmopt.optimizer.scheme import PRESETS
 from llmopt.optimizer.target import TARGETS
@@ -45,7 +45,7 @@ def test_bits_of_a_checkpoint_count_scales_and_zero_points(scheme, bits) -> None
 def test_bytes_are_those_of_the_lowered_graph(float_model_of, scheme, group, tied) -> None:
     model = float_model_of(tie_word_embeddings=tied, num_hidden_layers=2)
     quantizer = RoundToNearest(scheme=scheme, group_size=group)
-    graph, _ = lowered_graph(quantizer.run(model, PassContext()), TARGETS["cpu"], capacity=8)
+    graph, _ = finished(stages(quantizer.run(model, PassContext()), TARGETS["cpu"], capacity=8))
     # A table that embedding and head share has two names, and is written once.
     stored = sum(map(len, {value.const_value.tobytes() for value in graph.graph.initializers.values()}))
     assigned = quantizer.assign(model)

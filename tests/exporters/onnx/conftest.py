@@ -14,7 +14,7 @@ import torch
 
 from llmopt.calibration.reference import Reference
 from llmopt.exporters.onnx.exporter import Onnx
-from llmopt.exporters.onnx.lowering import lowered_graph
+from llmopt.exporters.onnx.lowering import finished, stages
 from llmopt.optimizer.contracts import PassContext
 from llmopt.optimizer.model import Model
 from llmopt.optimizer.sources import load_model
@@ -100,7 +100,7 @@ def lowered_of() -> Callable[..., ir.Model]:
 
     def lowered(model: Model) -> ir.Model:
         if id(model) not in made:
-            made[id(model)] = model, lowered_graph(model, TARGETS["cpu"], capacity=CAPACITY)[0]
+            made[id(model)] = model, finished(stages(model, TARGETS["cpu"], capacity=CAPACITY))[0]
         return made[id(model)][1]
 
     return lowered

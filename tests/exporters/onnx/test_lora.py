@@ -7,7 +7,7 @@ import pytest
 
 from llmopt.exporters.onnx.exporter import Onnx
 from llmopt.exporters.onnx.lora import LoraOptions, lora_slots
-from llmopt.exporters.onnx.lowering import lowered_graph
+from llmopt.exporters.onnx.lowering import finished, stages
 from llmopt.exporters.onnx.verify import verify_lowering
 from llmopt.optimizer.contracts import PassContext
 from llmopt.optimizer.errors import InputError, UnsupportedError
@@ -151,7 +151,7 @@ def test_kernels_stay_together_where_adapters_are_added(family_of, tmp_path):
     base = RoundToNearest(scheme="W8A8").run(load_model(str(family_of("llama")), cache=tmp_path), CONTEXT)
     found = []
     for lora, target in ((None, TARGETS["cpu"].with_kernels()), (OPTIONS, TARGETS["cpu"].with_adapters())):
-        graph, _ = lowered_graph(base, target, capacity=CAPACITY, lora=lora)
+        graph, _ = finished(stages(base, target, capacity=CAPACITY, lora=lora))
         found.append(Counter(node.op_type for node in graph.graph))
     added = found[1] - found[0]
     assert added.pop("LoraAddBfloat16") == 4 * base.num_layers

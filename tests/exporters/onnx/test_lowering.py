@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from llmopt.exporters.onnx.lowering import lowered_graph, stages
+from llmopt.exporters.onnx.lowering import finished, stages
 from llmopt.exporters.onnx.standard import standard_graph
 from llmopt.optimizer.contracts import PassContext
 from llmopt.optimizer.model import DenseWeight, QuantWeight
@@ -130,7 +130,7 @@ def test_the_checker_accepts_it_and_nothing_standard_is_left_over(model_of, lowe
 
 
 def test_there_is_a_record_for_each_graph_pass_in_order(model_of):
-    _, records = lowered_graph(model_of("W8A8"), CPU, capacity=32)
+    _, records = finished(stages(model_of("W8A8"), CPU, capacity=32))
     assert [record.name for record in records] == list(CPU.graph_passes)
     assert {record.name for record in records if not record.changed} == {"lower_experts"}
     assert all(record.changed == (record.details["applied"] > 0) for record in records)
@@ -139,7 +139,7 @@ def test_there_is_a_record_for_each_graph_pass_in_order(model_of):
 
 
 def test_records_count_operators_before_and_after(model_of):
-    graph, records = lowered_graph(model_of("W8A8"), CPU, capacity=32)
+    graph, records = finished(stages(model_of("W8A8"), CPU, capacity=32))
     counts = [record.details["operators"] for record in records]
     assert counts[0]["before"]["llmopt::QuantizeDequantizePerToken"] == 9
     assert all(first["after"] == second["before"] for first, second in itertools.pairwise(counts))
@@ -164,7 +164,7 @@ def test_stages_are_one_graph_behind_each_pass(model_of):
 def test_a_single_layer_can_be_lowered(model_of):
     model = model_of(num_hidden_layers=3)
     single = replace(model.decoder, layers=(model.decoder.layers[1],))
-    graph, _ = lowered_graph(model, CPU, capacity=32, decoder=single)
+    graph, _ = finished(stages(model, CPU, capacity=32, decoder=single))
     assert sum(node.op_type == "GroupQueryAttention" for node in graph.graph) == 1
     assert {name.split(".")[2] for name in graph.graph.initializers if name.startswith("model.layers")} == {"1"}
 
@@ -174,13 +174,13 @@ def test_a_layer_of_w8a8_has_at_most_thirty_operators(model_of, biased):
     sizes = []
     for count in (2, 3):
         changes = {"attention_bias": biased, "mlp_bias": biased, "num_hidden_layers": count}
-        graph, _ = lowered_graph(model_of("W8A8", **changes), CPU, capacity=32)
+        graph, _ = finished(stages(model_of("W8A8", **changes), CPU, capacity=32))
         sizes.append(len(graph.graph))
     assert sizes[1] - sizes[0] <= 30 + 4 * biased
 
 
 def test_a_pass_with_nothing_to_do_is_recorded_as_such(model_of):
-    _, records = lowered_graph(model_of(), CPU, capacity=32)
+    _, records = finished(stages(model_of(), CPU, capacity=32))
     record = next(record for record in records if record.name == "lower_embedding")
     assert (record.changed, record.details["applied"]) == (False, 0)
 

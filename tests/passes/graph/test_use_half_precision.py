@@ -6,7 +6,7 @@ import onnx_ir as ir
 import pytest
 
 from llmopt.exporters.onnx.builder import GraphBuilder
-from llmopt.exporters.onnx.lowering import lowered_graph
+from llmopt.exporters.onnx.lowering import finished, stages
 from llmopt.exporters.onnx.standard import IR_VERSION, standard_graph
 from llmopt.optimizer.contracts import PassContext
 from llmopt.optimizer.errors import PassError
@@ -55,7 +55,7 @@ def test_everything_but_the_scales_and_the_output_is_of_16_bits(dtype, kind):
 
 def test_the_scales_of_groups_have_the_type_of_the_result(model_of):
     model = RoundToNearest(scheme="W4A16", group_size=16).run(model_of(), PassContext())
-    graph, _ = lowered_graph(model, TARGETS["tensorrt"], capacity=16)
+    graph, _ = finished(stages(model, TARGETS["tensorrt"], capacity=16))
 
     scales = [value for name, value in graph.graph.initializers.items() if name.endswith("q_proj.weight_scale")]
     assert [value.const_value.dtype for value in scales] == [ir.DataType.FLOAT16] * model.num_layers
@@ -63,7 +63,7 @@ def test_the_scales_of_groups_have_the_type_of_the_result(model_of):
 
 def test_there_and_back_is_the_same_graph_with_rounded_numbers(model_of):
     graph = standard_graph(model_of(), capacity=16)
-    small, _ = lowered_graph(model_of(), TARGETS["tensorrt"], capacity=16)
+    small, _ = finished(stages(model_of(), TARGETS["tensorrt"], capacity=16))
     name = "model.layers.0.self_attn.q_proj.weight"
     expected = graph.graph.initializers[name].const_value.numpy()
 
@@ -104,7 +104,7 @@ def test_a_scale_that_would_become_zero_is_named(model_of):
     name = "model.layers.0.self_attn.q_proj.weight"
     tiny = model.with_weights({name: DenseWeight.of(model.weights[name].dense() * 1e-9)})
     quantized = RoundToNearest(scheme="W4A16", group_size=16).run(tiny, PassContext())
-    graph, _ = lowered_graph(quantized, TARGETS["tensorrt"], capacity=16)
+    graph, _ = finished(stages(quantized, TARGETS["tensorrt"], capacity=16))
 
     with pytest.raises(PassError, match=r"q_proj\.weight_scale holds .* which becomes 0 in float16"):
         graph.graph.initializers[f"{name}_scale"].const_value.numpy()
