@@ -101,6 +101,8 @@ def each_pass(
         with progress.step(step.name) as tick, locked(directory):
             if not _is_finished(directory):
                 with _work(directory) as work, publish(directory) as partial:
+                    if any(work.iterdir()):
+                        progress.note(f"{step.name}: goes on from what a build that was interrupted had finished")
                     context = replace(_context(step, work, tick, calibration), shared=_Shared(cache, entering))
                     _run(step, model, partial, recipe, context, verifier)
             shutil.rmtree(_work_of(directory), ignore_errors=True)

@@ -343,12 +343,16 @@ def test_a_pass_that_does_not_say_it_reads_text_is_given_none(run) -> None:
     assert "needs_calibration" in caught.value.hint
 
 
-def test_a_killed_pass_finds_its_finished_layers_again(run, entries) -> None:
+def test_a_killed_pass_finds_its_finished_layers_again_and_says_so(run, entries, capsys) -> None:
+    from llmopt.optimizer.progress import Lines
+
     with pytest.raises(KeyboardInterrupt):
-        run(ByLayers())
+        run(ByLayers(), progress=Lines())
     assert [path.suffix for path in entries()] == [".work"]
-    run(Scale())
-    run(ByLayers())
+    run(Scale(), progress=Lines())
+    assert "goes on" not in capsys.readouterr().err
+    run(ByLayers(), progress=Lines())
+    assert "bylayers: goes on from what a build that was interrupted had finished" in capsys.readouterr().err
     assert CALLS == ["layer 0", "scale 2", "layer 1"]
     assert [path for path in entries() if path.suffix == ".work"] == []
 
