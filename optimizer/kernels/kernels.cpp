@@ -63,6 +63,7 @@ struct Bfloat16 {
 template <class Number>
 struct LoraPart {
   const Number *down, *up, *bias;  // [rank][inputs], [rank][columns], [columns] or null
+  const Number* next;              // what is read behind these
   int rank;
   int64_t inputs, columns, stride;  // stride of y
 };
@@ -550,8 +551,6 @@ class LoraAdd {
     for (int64_t row = 0; row < rows; row++)
       if (adapters[row] < 0 || adapters[row] > pool[0])
         return failed(api_, "there are adapters 1 to " + std::to_string(pool[0]) + ", not " + std::to_string(adapters[row]));
-    for (int64_t i = 0; i < pool[0] * ranks[1]; i++)
-      if (rank[i] < 0 || rank[i] > max_rank_) return failed(api_, "an adapter's rank is beyond the engine's");
     std::vector<Task> tasks;
     for (int64_t i = 0; i < parts[0]; i++)
       for (int64_t first = 0, last; first < rows; first = last) {
@@ -560,16 +559,18 @@ class LoraAdd {
         const int64_t* p = part + i * kFields;
         const int64_t slot = adapters[first] - 1, own = rank[slot * ranks[1] + p[0]];
         const Number* factors = call.data<Number>(in[3]) + slot * pool[1];
+        if (own < 0 || own > max_rank_) return failed(api_, "an adapter's rank is beyond the engine's");
         if (own == 0) continue;
-        const Number* bias = p[5] ? factors + p[2] + max_rank_ * p[4] : nullptr;
-        tasks.push_back({{factors + p[1], factors + p[2], bias, static_cast<int>(own), inputs.back(), p[4], columns},
+        const Number *down = factors + p[1], *up = factors + p[2], *bias = p[5] ? up + max_rank_ * p[4] : nullptr;
+        tasks.push_back({{down, up, bias, down, static_cast<int>(own), inputs.back(), p[4], columns},
                          first, static_cast<int>(last - first), p[3]});
       }
     const float *x = call.data<float>(in[1]), *scale = in[6] == nullptr ? nullptr : call.data<float>(in[6]);
+    for (size_t i = 1; i < tasks.size(); i++) tasks[i - 1].part.next = tasks[i].part.down;
     const auto one = [&](size_t i) {
       const Task& t = tasks[i];
       kernels().add(t.part, x + t.first * inputs.back(), scale == nullptr ? nullptr : scale + t.first, t.rows,
-                         row_memory(kPiece * max_rank_), output + t.first * columns + t.column);
+                    row_memory(kPiece * max_rank_), output + t.first * columns + t.column);
     };
     if (tasks.size() == 1) {
       one(0);

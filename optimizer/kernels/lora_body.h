@@ -4,15 +4,23 @@
 
 constexpr int kLoraTile = 4;  // rows, and rows of down, whose products stay in registers
 
-// inner[row][r] = x[row] . down[r].
+// Asks for count numbers that are wanted soon. Factors lie in short rows far apart, each of which is read once a step: too
+// little for the CPU to foresee.
+template <class Number>
+static inline void fetch(const Number* from, int count) {
+  for (int i = 0; i < count; i += 64 / sizeof(Number)) __builtin_prefetch(from + i);
+}
+
+// inner[row][r] = x[row] . down[r]. Meanwhile as many numbers are fetched from next on.
 template <int rows, int ranks, class Number>
-static inline void dots(const float* x, int64_t columns, const Number* down, float* inner, int rank) {
+static inline void dots(const float* x, int64_t columns, const Number* down, float* inner, int rank, const Number* next) {
   Vector sums[rows][ranks];
   for (int i = 0; i < rows; i++)
     for (int j = 0; j < ranks; j++) sums[i][j] = all(0);
   for (int64_t first = 0; first < columns; first += 16) {
     Vector lines[ranks];
     for (int j = 0; j < ranks; j++) lines[j] = line_of(down + j * columns, first, columns);
+    fetch(next + ranks * first, ranks * 16);
     for (int i = 0; i < rows; i++) {
       const Vector line = line_of(x + i * columns, first, columns);
       for (int j = 0; j < ranks; j++) sums[i][j] = fma(line, lines[j], sums[i][j]);
@@ -23,10 +31,41 @@ static inline void dots(const float* x, int64_t columns, const Number* down, flo
 }
 
 template <int rows, class Number>
-static inline void dots_of_rows(const float* x, int64_t columns, const Number* down, int rank, float* inner) {
-  int r = 0;
-  for (; r + kLoraTile <= rank; r += kLoraTile) dots<rows, kLoraTile>(x, columns, down + r * columns, inner + r, rank);
-  for (; r < rank; r++) dots<rows, 1>(x, columns, down + r * columns, inner + r, rank);
+static inline void dots_of_rows(const float* x, const LoraPart<Number>& p, float* inner) {
+  for (int r = 0, last; r < p.rank; r = last) {
+    last = r + kLoraTile <= p.rank ? r + kLoraTile : r + 1;
+    const Number *down = p.down + r * p.inputs, *next = last < p.rank ? p.down + last * p.inputs : p.up;
+    if (last == r + 1)
+      dots<rows, 1>(x, p.inputs, down, inner + r, p.rank, next);
+    else
+      dots<rows, kLoraTile>(x, p.inputs, down, inner + r, p.rank, next);
+  }
+}
+
+// y += inner . up[some ranks] of one row, in the order in which they lie.
+template <int ranks, class Number>
+static inline void add_ranks(const float* inner, const Number* up, int64_t columns, int whole, float* y, const Number* next) {
+  Vector factors[ranks];
+  for (int j = 0; j < ranks; j++) factors[j] = all(inner[j]);
+  for (int first = 0; first < whole; first += 16) {
+    Vector sums = load(y + first);
+    for (int j = 0; j < ranks; j++) sums = fma(factors[j], load(up + j * columns + first), sums);
+    fetch(next + ranks * first, ranks * 16);
+    store(y + first, sums);
+  }
+}
+
+// The same operations as multiply's, in the order of up: a row has no use for what lies in registers.
+template <class Number>
+static inline void add_row(const LoraPart<Number>& p, const float* inner, int whole, float* y) {
+  for (int r = 0, last; r < p.rank; r = last) {
+    last = r + kLoraTile <= p.rank ? r + kLoraTile : r + 1;
+    const Number *up = p.up + r * p.columns, *behind = last < p.rank ? p.up + last * p.columns : p.next;
+    if (last == r + 1)
+      add_ranks<1>(inner + r, up, p.columns, whole, y, behind);
+    else
+      add_ranks<kLoraTile>(inner + r, up, p.columns, whole, y, behind);
+  }
 }
 
 // The last columns of up, fewer than a vector: padded, so that they are summed as all others.
@@ -45,8 +84,8 @@ template <class Number>
 static void add_lora(const LoraPart<Number>& p, const float* x, const float* scale, int rows, float* inner, float* y) {
   int i = 0;
   for (; i + kLoraTile <= rows; i += kLoraTile)
-    dots_of_rows<kLoraTile>(x + i * p.inputs, p.inputs, p.down, p.rank, inner + i * p.rank);
-  for (; i < rows; i++) dots_of_rows<1>(x + i * p.inputs, p.inputs, p.down, p.rank, inner + i * p.rank);
+    dots_of_rows<kLoraTile>(x + i * p.inputs, p, inner + i * p.rank);
+  for (; i < rows; i++) dots_of_rows<1>(x + i * p.inputs, p, inner + i * p.rank);
   // A row whose scale is 0 has zeros only, and what is added to it is 0 as well.
   if (scale != nullptr)
     for (i = 0; i < rows; i++)
@@ -56,6 +95,9 @@ static void add_lora(const LoraPart<Number>& p, const float* x, const float* sca
       for (int64_t j = 0; j < p.columns; j++)
         y[i * p.stride + j] += scale == nullptr ? float(p.bias[j]) : scale[i] > 0 ? float(p.bias[j]) / scale[i] : 0;
   const int whole = static_cast<int>(p.columns / 16 * 16);
-  multiply(inner, p.rank, p.up, p.columns, y, p.stride, rows, p.rank, whole);
+  if (rows == 1)
+    add_row(p, inner, whole, y);
+  else
+    multiply(inner, p.rank, p.up, p.columns, y, p.stride, rows, p.rank, whole);
   if (whole < p.columns) add_tail(p, whole, rows, inner, y);
 }

@@ -114,6 +114,6 @@ def test_an_adapter_that_does_not_exist_is_refused(lora_add, case, adapter):
 
 def test_a_rank_beyond_the_engines_is_refused(lora_add, case):
     inputs = case([1])
-    inputs["ranks"][2, 0] = _MAX_RANK + 1
+    inputs["ranks"][0, 0] = _MAX_RANK + 1
     with pytest.raises(Exception, match="rank is beyond"):
         lora_add(inputs)
