@@ -21,11 +21,11 @@ demo: $(MADE)  ## Build SmolLM2, ask it a question through the server, print acc
 	$(BIN)/python -m llmopt.benchmarks.demo
 
 # DATA as for bench: what the adapter's training costs other text is measured on it too.
-lora-demo: $(MADE)  ## Train an adapter, merge it into float, int8 and int4 engines, compare them with PEFT's own model
+lora-demo: $(MADE)  ## Train an adapter, build it merged (float, int8, int4) and modular, compare each with PEFT's own model
 	$(BIN)/python -m llmopt.benchmarks.lora_demo $(if $(DATA),--data '$(DATA)')
 
 test: check test-env  ## What CI runs: check, then build the wheel and test what it installs
-	PYTHONSAFEPATH=1 LLMOPT_TEST_INSTALLED=1 $(TEST)/env/bin/python -m pytest -q
+	PYTHONSAFEPATH=1 LLMOPT_TEST_INSTALLED=1 $(TEST)/env/bin/python -m pytest -q $(PARALLEL)
 
 check: $(MADE) $(LINKS)  ## Formatting, lint, types and generated documentation; changes nothing
 	$(BIN)/ruff format --check .

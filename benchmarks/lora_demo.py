@@ -1,4 +1,6 @@
-"""A LoRA adapter from training to engines: merged in float, into W8A8 and into int4, each against PEFT's own model."""
+"""A LoRA adapter from training to engines, each against PEFT's own model: merged in float, into W8A8 and into int4, and
+modular, beside weights in float and in W8A8.
+"""
 
 import argparse
 import json
@@ -24,6 +26,7 @@ from llmopt.calibration.texts import read_tokens
 from llmopt.evaluation.distance import Distance
 from llmopt.optimizer.cache import cache_root, publish
 from llmopt.optimizer.errors import LlmoptError
+from llmopt.optimizer.lora.adapter_file import read_index
 from llmopt.optimizer.manifest import Manifest
 from llmopt.optimizer.sources import load_model
 from llmopt.optimizer.tokenizer_config import chat_template
@@ -35,6 +38,9 @@ __all__ = ["main", "rows", "write_texts"]
 
 WINDOWS, TOKENS = 8, 512
 """Of each text that is measured on."""
+
+_NAME = "tickets"
+"""Of the adapter in builds that it was added to."""
 
 _TRAINING_TOKENS = 256
 _CONVERSATIONS = {TRAINED_ON: 800, HELD_OUT: 60}
@@ -89,13 +95,19 @@ def make_build(variant: Variant, folder: Path) -> Path:
     """Build a variant's recipe, as a user would."""
     recipe, directory = write_recipe(variant, folder, model=DEFAULT_SPEC), folder / "builds" / variant.name
     show("build", str(recipe), "-o", str(directory), "--force")
+    if variant.modular:
+        show("adapter", "add", str(directory), str(folder / "adapter"), "--name", _NAME)
     return directory
 
 
 def opened(directory: Path, threads: int) -> Backend:
-    """The engine of a build."""
+    """The engine of a build, with the adapter chosen that was added to it."""
     engine = Manifest.load(directory).engines[0]
-    return open_backend(directory, engine, slots=1, capacity=TOKENS, threads=threads)
+    backend = open_backend(directory, engine, slots=1, capacity=TOKENS, threads=threads)
+    if backend.adapters is not None:
+        backend.adapters.load(1, read_index(directory)[_NAME])
+        backend.adapters.choose([1])
+    return backend
 
 
 def rows(variants: Sequence[Variant], found: Sequence[Distance]) -> list[list[str]]:
@@ -140,11 +152,11 @@ def compare(folder: Path, checkpoint: Path, texts: Sequence[Tokens], *, threads:
         raise ChildError("; ".join(wrong))
 
 
-def ask(directory: Path, letter: str, log: Path) -> None:
-    """Serve a build and print its answer to ``letter``."""
-    print(f"\n$ llmopt serve {directory}", flush=True)
+def ask(directory: Path, letter: str, log: Path, *, model: str | None) -> None:
+    """Serve a build and print the answer to ``letter`` of one of its models; None is its own."""
+    print(f"\n$ llmopt serve {directory}{'' if model is None else f'   # model: {model}'}", flush=True)
     with running_server(directory, log=log) as server:
-        print(server.chat(letter, system=SYSTEM), flush=True)
+        print(server.chat(letter, system=SYSTEM, model=model), flush=True)
 
 
 def main() -> int:
@@ -161,13 +173,13 @@ def main() -> int:
         require_peft()
         checkpoint = write_checkpoint(load_model(DEFAULT_SPEC, cache=cache_root()), folder / "checkpoint")
         make_adapter(folder, checkpoint)
-        directories = [make_build(variant, folder) for variant in (BASE, *VARIANTS)]
+        directories = {make_build(variant, folder): variant for variant in (BASE, *VARIANTS)}
         paths = [folder / HELD_OUT, *([plain_text(arguments.data, arguments.out)] if arguments.data else [])]
         texts = [read_tokens(each, checkpoint, windows=WINDOWS, tokens=TOKENS, name=each.name) for each in paths]
         letter = held_out(1)[0][1]["content"]
         print(f"\na letter:\n{letter}", flush=True)
-        for directory in directories:
-            ask(directory, letter, folder / "server.log")
+        for directory, variant in directories.items():
+            ask(directory, letter, folder / "server.log", model=_NAME if variant.modular else None)
         compare(folder, checkpoint, texts, threads=arguments.threads, out=arguments.out)
     except LlmoptError as error:
         hint = f"\nhint: {error.hint}" if error.hint else ""

@@ -35,11 +35,12 @@ class Server:
     seconds_to_start: float
     process: int
 
-    def chat(self, question: str, *, system: str | None = None, max_tokens: int = 64) -> str:
-        """The greedy answer to one question, behind a system prompt where one is given."""
+    def chat(self, question: str, *, system: str | None = None, model: str | None = None, max_tokens: int = 64) -> str:
+        """A model's greedy answer to one question behind a system prompt; omitted, it is the server's first model."""
         messages = [] if system is None else [{"role": "system", "content": system}]
         messages.append({"role": "user", "content": question})
-        answer = self._post("/v1/chat/completions", {"messages": messages, "temperature": 0, "max_tokens": max_tokens})
+        asked = {"messages": messages, "temperature": 0, "max_tokens": max_tokens}
+        answer = self._post("/v1/chat/completions", asked if model is None else {"model": model, **asked})
         return str(answer["choices"][0]["message"]["content"])
 
     def _post(self, path: str, body: dict[str, Any]) -> Any:

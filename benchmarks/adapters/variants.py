@@ -13,8 +13,10 @@ _CONTENT = """\
 version: 1
 model: {model}
 {body}export:
-  - onnx: {{target: cpu}}
+  - onnx: {{target: cpu{lora}}}
 """
+
+_LORA = ", lora: {max_rank: 16, slots: 2}"
 
 _MERGE = """\
 passes:
@@ -50,6 +52,7 @@ class Variant:
         name: Of its recipe and its folder.
         title: What tables call it.
         body: The recipe between ``model:`` and ``export:``.
+        modular: Whether the adapter is added to the finished build, instead of being in its weights.
         max_difference: Largest accepted difference of a logit from PEFT's; None where weights are rounded.
         max_increase: Largest accepted increase of perplexity over PEFT's, as a share; None where that is only shown.
     """
@@ -57,6 +60,7 @@ class Variant:
     name: str
     title: str
     body: str
+    modular: bool = False
     max_difference: float | None = None
     max_increase: float | None = None
 
@@ -68,12 +72,17 @@ VARIANTS: Sequence[Variant] = (
     Variant("merged", "merged, fp32", f"{_MERGE}accept: []\n", max_difference=1e-3),
     Variant("merged-w8a8", "merged, W8A8, rotated", _MERGE + _W8A8 + _GATE, max_increase=0.016),
     Variant("merged-int4", "merged, int4, GPTQ", f"{_CALIBRATION}{_MERGE}{_INT4}accept: []\n"),
+    Variant("modular", "modular, fp32", "passes: []\naccept: []\n", modular=True, max_difference=1e-3),
+    Variant(
+        "modular-w8a8", "modular, W8A8, rotated", f"passes:\n{_W8A8}accept: []\n", modular=True, max_increase=0.016
+    ),
 )
-"""In each, the adapter is merged before anything else. rescale takes the model off the 4-bit grid of its file."""
+"""Merged, the adapter is in the weights before all else. rescale takes the model off the 4-bit grid of its file."""
 
 
 def write_recipe(variant: Variant, folder: Path, *, model: str) -> Path:
     """Write the recipe of a variant into the folder with the adapter and the texts."""
     path = folder / f"{variant.name}.yaml"
-    path.write_text(_CONTENT.format(model=model, body=variant.body), encoding="utf-8")
+    lora = _LORA if variant.modular else ""
+    path.write_text(_CONTENT.format(model=model, body=variant.body, lora=lora), encoding="utf-8")
     return path
