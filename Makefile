@@ -6,6 +6,8 @@ MADE := .venv/.made
 LINKS := .links/.made
 PACKAGES := benchmarks calibration evaluation exporters optimizer passes runtime
 TEST := out/test
+# A file's tests stay in one process, which shares what their fixtures make.
+PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadfile
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_DISABLE_PROGRESS_BARS := 1
