@@ -11,18 +11,18 @@ from llmopt.calibration.sampling import Sampling, sample_tokens
 from llmopt.calibration.texts import read_tokens
 from llmopt.evaluation.gates import gates_of, judge, texts_for
 from llmopt.evaluation.measure import measure
-from llmopt.evaluation.proxy import measurable, open_encoder
+from llmopt.evaluation.proxy import measurable, measurable_encoder
 from llmopt.evaluation.vectors import measure_vectors
 from llmopt.optimizer import loader
 from llmopt.optimizer.cache import cache_root
 from llmopt.optimizer.errors import InputError
 from llmopt.optimizer.gates import SAMPLED_WINDOWS, Gate
-from llmopt.optimizer.manifest import Manifest, Measurement, Verdict, sha256_of
+from llmopt.optimizer.manifest import EncoderEngine, Manifest, Measurement, Verdict, sha256_of
 from llmopt.optimizer.model import Model
 from llmopt.optimizer.progress import Progress
 from llmopt.optimizer.sources import load_model
 from llmopt.optimizer.tokens import Tokens
-from llmopt.runtime.backends.opening import Executor, pick_engine
+from llmopt.runtime.backends.opening import Executor, pick_encoder, pick_engine
 
 __all__ = ["FILE_WINDOWS", "Question", "Result", "evaluate"]
 
@@ -89,37 +89,36 @@ def evaluate(directory: Path, question: Question, progress: Progress) -> Result:
             f"{directory} is a build of an encoder, which writes no text to be measured on",
             hint="--data names a file with a text on each line",
         )
-    if manifest.encoders:
-        question.executor.check_encoder()
+    encoder = pick_encoder(directory, manifest, question.executor) if manifest.encoders else None
     with progress.step("load the source model"):
         model = _source(manifest, question)
-    if manifest.encoders:
-        measurements = _vectors(directory, manifest, gates, question, model, progress)
+    if encoder is not None:
+        measurements = _vectors(directory, encoder, gates, question, model, progress)
         return Result(measurements, judge(gates, measurements), not_judged, _changed_texts(manifest, measurements))
     model = _with_adapters(manifest, model)
     engine = pick_engine(directory, manifest, question.executor)
     texts = _texts(gates, model, manifest, question, progress)
     longest = max(text.ids.shape[1] for text in texts)
     measured = measurable(directory, engine, question.executor, longest=longest, threads=question.threads)
-    if measured.proxy is not None:
-        progress.note(f"measuring {measured.proxy}: this machine does not execute {engine.target}")
+    measured.tell(progress)
     with progress.step("measure") as tick:
         measurements = measure(model, measured.open, texts, threads=question.threads, progress=tick)
     return Result(measurements, judge(gates, measurements), not_judged, _changed_texts(manifest, measurements))
 
 
 def _vectors(
-    directory: Path, manifest: Manifest, gates: Sequence[Gate], question: Question, model: Model, progress: Progress
+    directory: Path, engine: EncoderEngine, gates: Sequence[Gate], question: Question, model: Model, progress: Progress
 ) -> list[Measurement]:
     """What is measured of an encoder: on the gates' texts, and on the lines of the other files given."""
-    engine, named = manifest.encoders[0], {gate.data for gate in gates}
+    named = {gate.data for gate in gates}
     lines, tokens = question.windows or FILE_LINES, question.tokens or engine.capacity
     folder = model.source.tokenizer_dir
     texts = texts_for(gates, model)
     texts += [read_lines(path, folder, lines=lines, tokens=tokens) for path in question.data if path not in named]
+    measured = measurable_encoder(directory, engine, question.executor, threads=question.threads)
+    measured.tell(progress)
     with progress.step("measure") as tick:
-        backend = open_encoder(directory, engine, threads=question.threads)
-        return measure_vectors(model, backend, texts, threads=question.threads, progress=tick)
+        return measure_vectors(model, measured.open(), texts, threads=question.threads, progress=tick)
 
 
 def _source(manifest: Manifest, question: Question) -> Model:

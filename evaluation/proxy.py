@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -15,15 +15,24 @@ import onnx_ir as ir
 from llmopt.optimizer.errors import UnsupportedError
 from llmopt.optimizer.graph_precision import set_precision
 from llmopt.optimizer.manifest import EncoderEngine, Engine, PassRecord
+from llmopt.optimizer.progress import Progress
 from llmopt.optimizer.tokens import Tokens
-from llmopt.runtime.backends import onnxruntime
+from llmopt.runtime.backends import encoder, onnxruntime
 from llmopt.runtime.backends.base import Backend
-from llmopt.runtime.backends.encoder import EncoderBackend, open_encoder_backend
+from llmopt.runtime.backends.encoder import EncoderBackend
 from llmopt.runtime.backends.onnxruntime import OnnxRuntimeBackend
-from llmopt.runtime.backends.opening import Executor, open_backend, runs_here, slot_capacity
+from llmopt.runtime.backends.opening import (
+    Executor,
+    open_backend,
+    open_encoder_backend,
+    runs_here,
+    slot_capacity,
+)
 from llmopt.runtime.backends.session import open_session
 
-__all__ = ["Measured", "check_range", "measurable", "open_encoder", "proxy_of"]
+__all__ = ["Measured", "check_range", "measurable", "measurable_encoder"]
+
+Opened = TypeVar("Opened", Backend, EncoderBackend)
 
 _LARGEST = {"float16": 65504.0}
 """The largest number of a type that activations can reach; bfloat16's is as large as float32's."""
@@ -35,16 +44,23 @@ _BEYOND_LAYERS = "outside of the layers"
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class Measured(Generic[Opened]):
     """What measurements are taken of.
 
     Attributes:
         open: Opens it.
         proxy: In words, what it is where it is not the engine itself.
+        target: What the engine was built for.
     """
 
-    open: Callable[[], Backend]
+    open: Callable[[], Opened]
     proxy: str | None
+    target: str
+
+    def tell(self, progress: Progress) -> None:
+        """Say so where something else than the engine itself is measured."""
+        if self.proxy is not None:
+            progress.note(f"measuring {self.proxy}: this machine does not execute {self.target}")
 
 
 def measurable(
@@ -55,7 +71,7 @@ def measurable(
     longest: int,
     threads: int,
     packed: bool = True,
-) -> Measured:
+) -> Measured[Backend]:
     """The engine itself where this machine executes it, else its graph in ONNX Runtime.
 
     Args:
@@ -79,25 +95,34 @@ def measurable(
             threads=threads,
             packed=packed,
         )
-        return Measured(opened, None)
-    return Measured(partial(_open_graph, directory, engine, longest, threads), proxy_of(engine))
+        return Measured(opened, None, engine.target)
+    return Measured(partial(_open_graph, directory, engine, longest, threads), _proxy_of(engine), engine.target)
 
 
-def proxy_of(engine: Engine | EncoderEngine) -> str | None:
-    """In words, what is measured in the engine's place; None for one that the CPU executes."""
-    if engine.target == "cpu":
-        return None
+def measurable_encoder(
+    directory: Path, engine: EncoderEngine, executor: Executor | None = None, *, threads: int
+) -> Measured[EncoderBackend]:
+    """The same of an encoder; arguments are those of ``measurable``."""
+    executor = executor or Executor()
+    if engine.target == "cpu" or executor.engine is not None or runs_here(engine, executor):
+        opened = partial(open_encoder_backend, directory, engine, executor, threads=threads)
+        return Measured(opened, None, engine.target)
+    return Measured(partial(_open_encoder_graph, directory, engine, threads), _proxy_of(engine), engine.target)
+
+
+def _proxy_of(engine: Engine | EncoderEngine) -> str:
+    """In words, what is measured in the engine's place."""
     how = "its graph, executed by ONNX Runtime on a CPU"
     return f"{how} in float32, for want of kernels for bfloat16" if _precision(engine) == "bfloat16" else how
 
 
-def open_encoder(directory: Path, engine: EncoderEngine, *, threads: int) -> EncoderBackend:
-    """The encoder itself if it is one for the CPU, else its graph in ONNX Runtime."""
+def _open_encoder_graph(directory: Path, engine: EncoderEngine, threads: int) -> EncoderBackend:
+    """The encoder's graph in ONNX Runtime; one of bfloat16 in float32."""
     if engine.dtype != "bfloat16":
-        return open_encoder_backend(directory, engine.model_copy(update={"target": "cpu"}), threads=threads)
+        return encoder.open_encoder_backend(directory, engine.model_copy(update={"target": "cpu"}), threads=threads)
     with _twin(directory, engine) as path:
         twin = engine.model_copy(update={"target": "cpu", "path": path.name})
-        return open_encoder_backend(path.parent, twin, threads=threads)
+        return encoder.open_encoder_backend(path.parent, twin, threads=threads)
 
 
 def check_range(

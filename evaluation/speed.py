@@ -22,7 +22,14 @@ from llmopt.optimizer.errors import InputError, LlmoptError, UnsupportedError
 from llmopt.optimizer.manifest import Engine, Manifest
 from llmopt.runtime.backends.base import Backend, IntArray
 from llmopt.runtime.backends.encoder import EncoderBackend
-from llmopt.runtime.backends.opening import Executor, open_backend, pick_engine, slot_capacity
+from llmopt.runtime.backends.opening import (
+    Executor,
+    open_backend,
+    open_encoder_backend,
+    pick_encoder,
+    pick_engine,
+    slot_capacity,
+)
 
 __all__ = ["Plan", "Rate", "Speed", "measure_speed", "run_encoder_plan", "run_plan"]
 
@@ -119,7 +126,8 @@ def measure_speed(directory: Path, plan: Plan) -> Speed:
         raise InputError(f"{directory} has no engine that could be measured")
     if manifest.encoders:
         _check_encoder_plan(directory, plan)
-    engine = manifest.encoders[0] if manifest.encoders else pick_engine(directory, manifest, plan.executor)
+    pick = pick_encoder if manifest.encoders else pick_engine
+    engine = pick(directory, manifest, plan.executor)
     if plan.capacity > engine.capacity:
         raise InputError(
             f"sequences of {plan.capacity} tokens were asked for, the engine takes {engine.capacity}",
@@ -151,7 +159,6 @@ def _check_encoder_plan(directory: Path, plan: Plan) -> None:
             f"{directory} is a build of an encoder, which decodes nothing",
             hint="leave --batch, --past and --decode out",
         )
-    plan.executor.check_encoder()
 
 
 def run_plan(backend: Backend, plan: Plan) -> tuple[Rate, ...]:
@@ -234,10 +241,9 @@ def _cpu_features() -> tuple[str, ...]:
 
 def _opened(manifest: Manifest, directory: Path, plan: Plan) -> Callable[[], tuple[Rate, ...]]:
     """What runs ``plan`` on the build's engine, which is loaded now."""
-    from llmopt.runtime.backends.encoder import open_encoder_backend
-
     if manifest.encoders:
-        encoder = open_encoder_backend(directory, manifest.encoders[0], threads=plan.threads)
+        chosen = pick_encoder(directory, manifest, plan.executor)
+        encoder = open_encoder_backend(directory, chosen, plan.executor, threads=plan.threads)
         return partial(run_encoder_plan, encoder, plan)
     engine = pick_engine(directory, manifest, plan.executor)
     capacity = slot_capacity(engine, plan.capacity)

@@ -311,8 +311,7 @@ def _measure(
         progress.note("measuring with the weights as they lie in the file, since a packed copy exceeds max_ram_gb")
     longest = max(text.ids.shape[1] for text in texts)
     measured = measurable(directory, engines[0], longest=longest, threads=threads, packed=packed)
-    if measured.proxy is not None:
-        progress.note(f"measuring {measured.proxy}: this machine does not execute {engines[0].target}")
+    measured.tell(progress)
     with progress.step("measure") as tick:
         measurements = measure(source, measured.open, texts, threads=threads, progress=tick)
     verdict = judge(recipe.accept, measurements).model_copy(update={"proxy": measured.proxy})
@@ -341,15 +340,16 @@ def _measure_vectors(
 ) -> tuple[list[Measurement], Verdict]:
     """Measure an encoder's engine against the source model on the gates' texts, and judge it."""
     from llmopt.evaluation.gates import judge
-    from llmopt.evaluation.proxy import open_encoder, proxy_of
+    from llmopt.evaluation.proxy import measurable_encoder
     from llmopt.evaluation.vectors import measure_vectors
 
     threads = recipe.resources.thread_count
+    measured = measurable_encoder(directory, encoders[0], threads=threads)
+    measured.tell(progress)
     with progress.step("measure") as tick:
-        backend = open_encoder(directory, encoders[0], threads=threads)
-        found = measure_vectors(source, backend, texts, threads=threads, progress=tick)
+        found = measure_vectors(source, measured.open(), texts, threads=threads, progress=tick)
     _check_ranges(encoders, [layer.name for layer in source.encoder.layers], texts, directory, records, threads)
-    return found, judge(recipe.accept, found).model_copy(update={"proxy": proxy_of(encoders[0])})
+    return found, judge(recipe.accept, found).model_copy(update={"proxy": measured.proxy})
 
 
 def _check_ranges(

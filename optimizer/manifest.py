@@ -125,6 +125,7 @@ class EncoderEngine(_Entry):
     hidden_size: int
     vocab_size: int
     capacity: int = Field(description="What longer texts are cut to, in tokens, special ones included.")
+    slots: int | None = Field(None, description="Most texts in one call; None: any number.")
     pad_token: int = Field(description="The id that stands where a text has no token.")
     pooling: PoolingMode = Field(description="How the tokens' vectors become one; see optimizer/pooling.py.")
     normalize: bool = Field(description="Whether vectors have length 1.")

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llmopt.optimizer.errors import InputError
-from llmopt.optimizer.manifest import MANIFEST_NAME, EncoderEngine, Manifest, sha256_of
+from llmopt.optimizer.manifest import MANIFEST_NAME, Manifest, sha256_of
 from llmopt.runtime.backends.base import FloatArray
-from llmopt.runtime.backends.encoder import open_encoder_backend
+from llmopt.runtime.backends.opening import Executor, open_encoder_backend, pick_encoder
 from llmopt.runtime.build import default_threads, refuse_rejected
 from llmopt.runtime.text import Tokenizer
 
@@ -33,7 +33,8 @@ class Encoder:
 
     Args:
         directory: The build.
-        threads: Of one run; the cores this process may use when omitted.
+        threads: Of one run on the CPU; the cores this process may use when omitted.
+        executor: Which engine is executed, and by what; see ``Executor``.
         verify: Whether to compare every file's digest; sizes are always compared.
         force: Whether to open a build that missed its gates.
 
@@ -46,16 +47,23 @@ class Encoder:
     """
 
     def __init__(
-        self, directory: Path | str, *, threads: int | None = None, verify: bool = False, force: bool = False
+        self,
+        directory: Path | str,
+        *,
+        threads: int | None = None,
+        executor: Executor | None = None,
+        verify: bool = False,
+        force: bool = False,
     ) -> None:
+        executor = executor or Executor()
         directory = Path(directory)
         self.manifest = Manifest.load(directory, verify=verify)
         if self.manifest.verdict.status == "rejected":
             refuse_rejected(directory, self.manifest, force=force)
-        self.engine = _engine(directory, self.manifest)
+        self.engine = pick_encoder(directory, self.manifest, executor)
         self.fingerprint = "fp_" + sha256_of(directory / MANIFEST_NAME)[:16]
         self._tokenizer = Tokenizer(directory)
-        self._backend = open_encoder_backend(directory, self.engine, threads=threads or default_threads())
+        self._backend = open_encoder_backend(directory, self.engine, executor, threads=threads or default_threads())
 
     @property
     def dimensions(self) -> int:
@@ -120,12 +128,3 @@ class Encoder:
             known = ", ".join(self.engine.prompts) or "none"
             raise InputError(f"the model has no prompt {name!r}", hint=f"its prompts: {known}")
         return self.engine.prompts[name]
-
-
-def _engine(directory: Path, manifest: Manifest) -> EncoderEngine:
-    if not manifest.encoders:
-        raise InputError(
-            f"{directory} is no build of an encoder ({manifest.architecture})",
-            hint="llmopt serve, chat and generate take it",
-        )
-    return manifest.encoders[0]

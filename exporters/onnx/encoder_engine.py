@@ -45,7 +45,11 @@ def export_encoder(
     graph, records = lowered_encoder(model, target, target, context)
     save_graph(graph, directory / "engine", context)
     _write_folder(model, directory / "engine", capacity)
-    return describe_encoder(model, target, graph, capacity, exporter="onnx", path="engine/model.onnx"), records
+    features = vnni_feature(model) if target.name == "cpu" else []
+    engine = describe_encoder(
+        model, target, graph, capacity, exporter="onnx", path="engine/model.onnx", features=features
+    )
+    return engine, records
 
 
 def lowered_encoder(
@@ -100,7 +104,6 @@ def describe_encoder(
         normalize=pooling.normalize,
         prompts=dict(pooling.prompts),
         default_prompt=pooling.default_prompt,
-        features=vnni_feature(model) if target.name == "cpu" else [],
         **details,
     )
 

@@ -138,6 +138,7 @@ class TensorRT(Exporter):
         engine = describe_encoder(
             model, target, graph, capacity,
             exporter="tensorrt", path=f"{self.folder}/model.onnx", compiled=compiled, dtype=self._dtype,
+            slots=self.slots, features=[find_package().name],
         )  # fmt: skip
         return engine, [*records, record]
 

@@ -96,7 +96,7 @@ def command(
 
     def load() -> Any:
         if vectors:
-            return Encoder(build, threads=options["threads"], verify=verify, force=force)
+            return Encoder(build, threads=options["threads"], executor=opening["executor"], verify=verify, force=force)
         opened = open_build(build, **opening, verify=verify, force=force)
         for adapter, folder in named.items():
             opened.adapters.add(adapter, folder)

@@ -1,10 +1,10 @@
-"""Runs an encoder's engine in ONNX Runtime: token ids of texts in, a vector of each out."""
+"""Runs an encoder's engine: token ids of texts in, a vector of each out. In ONNX Runtime, or by what others open."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from llmopt.optimizer.manifest import EncoderEngine
 from llmopt.runtime.backends.base import ExecutionError, FloatArray
 from llmopt.runtime.backends.session import check_features, open_session, ort_errors
 
-__all__ = ["EncoderBackend", "open_encoder_backend"]
+__all__ = ["Calls", "EncoderBackend", "open_encoder_backend"]
 
 _VECTORS = "sentence_embedding"
 
@@ -22,8 +22,15 @@ _CALL_TOKENS = 1024
 128 tokens took 15 to 20 % longer than in calls of 8 texts."""
 
 
+class Calls(Protocol):
+    """What executes calls, such as a session of ONNX Runtime."""
+
+    def run(self, names: Sequence[str], feeds: dict[str, np.ndarray], /) -> Sequence[Any]:
+        """The outputs of these names."""
+
+
 def open_encoder_backend(directory: Path, engine: EncoderEngine, *, threads: int) -> "EncoderBackend":
-    """Load ``engine`` of the build in ``directory``.
+    """Load ``engine`` of the build in ``directory`` in ONNX Runtime.
 
     Args:
         directory: The build.
@@ -37,7 +44,8 @@ def open_encoder_backend(directory: Path, engine: EncoderEngine, *, threads: int
     check_features(engine.features)
     if engine.target != "cpu":
         raise UnsupportedError(f"this version executes encoders' engines for the target cpu, not {engine.target}")
-    backend = EncoderBackend(partial(open_session, directory / engine.path), engine, threads)
+    opened = partial(open_session, directory / engine.path)
+    backend = EncoderBackend(opened, engine, threads, call_tokens=_CALL_TOKENS, errors=ort_errors())
     backend.session(threads)
     return backend
 
@@ -53,17 +61,28 @@ class EncoderBackend:
         open_with: Opens a session with this many threads.
         engine: Whose session it is.
         threads: See ``open_encoder_backend``.
+        call_tokens: In one call, padding included.
+        errors: What sessions raise when a call fails, besides ``ExecutionError``.
     """
 
-    def __init__(self, open_with: Callable[[int], Any], engine: EncoderEngine, threads: int) -> None:
+    def __init__(
+        self,
+        open_with: Callable[[int], Calls],
+        engine: EncoderEngine,
+        threads: int,
+        *,
+        call_tokens: int,
+        errors: tuple[type[Exception], ...] = (),
+    ) -> None:
         self.engine = engine
         self._open = open_with
         self._threads = threads
-        self._sessions: dict[int, Any] = {}
+        self._call_tokens = call_tokens
+        self._sessions: dict[int, Calls] = {}
         self._takes_types = "token_type_ids" in [each.name for each in engine.inputs]
-        self._errors = ort_errors()
+        self._errors = errors
 
-    def session(self, threads: int) -> Any:
+    def session(self, threads: int) -> Calls:
         """The session whose calls have this many threads."""
         if threads not in self._sessions:
             self._sessions[threads] = self._open(threads)
@@ -92,8 +111,9 @@ class EncoderBackend:
         lengths = np.array([len(text) for text in texts], dtype=np.int64)
         self._check(texts, lengths)
         found = np.empty((len(texts), self.engine.hidden_size), np.float32)
-        budget = min(_CALL_TOKENS, -(-int(lengths.sum()) // self._threads))
-        calls = list(_calls(np.argsort(lengths, kind="stable"), lengths, batch, budget))
+        budget = min(self._call_tokens, -(-int(lengths.sum()) // self._threads))
+        most = min(batch, self.engine.slots or batch)
+        calls = list(_calls(np.argsort(lengths, kind="stable"), lengths, most, budget))
         session = self.session(1 if len(calls) > 1 else self._threads)
 
         def run(rows: np.ndarray) -> None:
@@ -126,7 +146,7 @@ class EncoderBackend:
             if not 0 <= min(text) <= max(text) < self.engine.vocab_size:
                 raise InputError(f"token ids go from 0 to {self.engine.vocab_size - 1}, not {min(text)} to {max(text)}")
 
-    def _run(self, session: Any, feeds: dict[str, np.ndarray]) -> FloatArray:
+    def _run(self, session: Calls, feeds: dict[str, np.ndarray]) -> FloatArray:
         try:
             (vectors,) = session.run([_VECTORS], feeds)
         except self._errors as error:

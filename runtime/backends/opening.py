@@ -1,19 +1,32 @@
 """Which of a build's engines is executed, and by what: the one place that knows all backends."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, TypeVar
 
 from llmopt.optimizer.errors import InputError, LlmoptError
-from llmopt.optimizer.manifest import Engine, Manifest
+from llmopt.optimizer.manifest import EncoderEngine, Engine, Manifest
 from llmopt.runtime.backends.base import Backend
+from llmopt.runtime.backends.encoder import EncoderBackend
 from llmopt.runtime.backends.session import PROVIDERS, Provider, ProviderName, onnxruntime_with
 from llmopt.runtime.sizing import has_fixed_capacity
 
-__all__ = ["Executor", "ExecutorKind", "free_memory", "open_backend", "pick_engine", "runs_here", "slot_capacity"]
+__all__ = [
+    "Executor",
+    "ExecutorKind",
+    "free_memory",
+    "open_backend",
+    "open_encoder_backend",
+    "pick_encoder",
+    "pick_engine",
+    "runs_here",
+    "slot_capacity",
+]
 
 ExecutorKind: TypeAlias = Literal["onnx", "tensorrt"]
+
+AnyEngine = TypeVar("AnyEngine", Engine, EncoderEngine)
 
 _FASTEST = ("tensorrt", "cuda", "cpu")
 """Targets of engines, the fastest first. The CPU executes the graphs of all of them where somebody asks it to."""
@@ -57,18 +70,18 @@ class Executor:
         Raises:
             InputError: Something else is wanted.
         """
-        if self != Executor():
+        if self != Executor(engine=self.engine):
             raise InputError(
-                "an encoder's engine runs in ONNX Runtime on the CPU, and nowhere else",
-                hint="leave --engine and --provider out",
+                "an encoder's engine runs in ONNX Runtime on the CPU, or in TensorRT without CUDA graphs",
+                hint="leave everything but --engine out",
             )
 
-    def provider_of(self, engine: Engine) -> Provider:
+    def provider_of(self, engine: Engine | EncoderEngine) -> Provider:
         """What of ONNX Runtime executes ``engine``."""
         by_target: ProviderName = "cuda" if engine.target == "cuda" else "cpu"
         return Provider(self.provider or by_target, self.provider_options)
 
-    def uses_tensorrt(self, engine: Engine) -> bool:
+    def uses_tensorrt(self, engine: Engine | EncoderEngine) -> bool:
         """Whether TensorRT itself executes ``engine``."""
         return engine.exporter == "tensorrt" and self.provider is None
 
@@ -83,8 +96,7 @@ def pick_engine(directory: Path, manifest: Manifest, executor: Executor) -> Engi
     """
     fitting = [engine for engine in manifest.engines if _fits(engine, executor)]
     if fitting:
-        ranked = sorted(fitting, key=lambda engine: _FASTEST.index(engine.target), reverse=executor.provider == "cpu")
-        return next((engine for engine in ranked if runs_here(engine, executor)), ranked[0])
+        return _best(fitting, executor)
     if manifest.encoders:
         raise InputError(
             f"{directory} is a build of an encoder ({manifest.architecture}), which continues no text",
@@ -97,6 +109,45 @@ def pick_engine(directory: Path, manifest: Manifest, executor: Executor) -> Engi
         f"{directory} has no engine that {_words(executor)} executes (engines: {found})",
         hint=f"add 'export: [{export}]' to the recipe and build again",
     )
+
+
+def pick_encoder(directory: Path, manifest: Manifest, executor: Executor) -> EncoderEngine:
+    """The same of a build of an encoder.
+
+    Raises:
+        InputError: The build has none that fits, or is none of an encoder; or an encoder is not executed like that.
+    """
+    if not manifest.encoders:
+        raise InputError(
+            f"{directory} is no build of an encoder ({manifest.architecture})",
+            hint="llmopt serve, chat and generate take it",
+        )
+    executor.check_encoder()
+    fitting = [engine for engine in manifest.encoders if executor.engine in (None, engine.exporter)]
+    if not fitting:
+        found = ", ".join(engine.exporter for engine in manifest.encoders)
+        raise InputError(
+            f"{directory} has no engine that {_words(executor)} executes (engines: {found})",
+            hint=f"add 'export: [{executor.engine}]' to the recipe and build again",
+        )
+    return _best(fitting, executor)
+
+
+def open_encoder_backend(
+    directory: Path, engine: EncoderEngine, executor: Executor | None = None, *, threads: int
+) -> EncoderBackend:
+    """Load an encoder's engine, by what executes it; arguments are those of ``open_backend``.
+
+    Raises:
+        LlmoptError: As the backends do.
+    """
+    if (executor or Executor()).uses_tensorrt(engine):
+        from llmopt.runtime.backends import tensorrt_encoder
+
+        return tensorrt_encoder.open_encoder_backend(directory, engine)
+    from llmopt.runtime.backends import encoder
+
+    return encoder.open_encoder_backend(directory, engine, threads=threads)
 
 
 def open_backend(
@@ -138,7 +189,7 @@ def open_backend(
     )
 
 
-def runs_here(engine: Engine, executor: Executor) -> bool:
+def runs_here(engine: Engine | EncoderEngine, executor: Executor) -> bool:
     """Whether this machine has what executes an engine."""
     if executor.uses_tensorrt(engine):
         return _has_gpu_of(engine)
@@ -184,6 +235,12 @@ def free_memory(directory: Path, engine: Engine, executor: Executor) -> int | No
     return max(free - logits - sum(path.stat().st_size for path in weights), 0)
 
 
+def _best(fitting: Sequence[AnyEngine], executor: Executor) -> AnyEngine:
+    """The fastest that runs here; the fastest where none does."""
+    ranked = sorted(fitting, key=lambda engine: _FASTEST.index(engine.target), reverse=executor.provider == "cpu")
+    return next((engine for engine in ranked if runs_here(engine, executor)), ranked[0])
+
+
 def _fits(engine: Engine, executor: Executor) -> bool:
     """Whether an engine is what was asked for."""
     if executor.engine not in (None, engine.exporter):
@@ -195,7 +252,7 @@ def _fits(engine: Engine, executor: Executor) -> bool:
     return (engine.exporter, engine.target) in (("tensorrt", "tensorrt"), ("onnx", "cuda"), ("onnx", "cpu"))
 
 
-def _has_gpu_of(engine: Engine) -> bool:
+def _has_gpu_of(engine: Engine | EncoderEngine) -> bool:
     """Whether TensorRT and a GPU that the engine was compiled for are here."""
     from llmopt.runtime.backends.device import open_device
     from llmopt.runtime.backends.tensorrt_program import compiled_for, tensorrt_package

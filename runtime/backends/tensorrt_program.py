@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from llmopt.optimizer.errors import MissingExtraError, ResourceError, UnsupportedError
-from llmopt.optimizer.manifest import Engine
+from llmopt.optimizer.manifest import EncoderEngine, Engine
 from llmopt.runtime.backends.base import ExecutionError
 from llmopt.runtime.backends.device import Device
 
-__all__ = ["DECODE", "PACKAGES", "PREFILL", "Program", "compiled_for", "open_program", "tensorrt_package"]
+__all__ = ["DECODE", "PACKAGES", "PREFILL", "TEXTS", "Program", "compiled_for", "open_program", "tensorrt_package"]
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,10 @@ PACKAGES = {"tensorrt_rtx": "tensorrt-rtx", "tensorrt": "tensorrt"}
 open: an engine's features name the one that did."""
 
 PREFILL, DECODE = 0, 1
-"""The two optimization profiles of every engine."""
+"""The two optimization profiles of every decoder's engine."""
+
+TEXTS = 0
+"""The one of an encoder's."""
 
 
 def tensorrt_package(features: Sequence[str]) -> Any:
@@ -44,7 +47,7 @@ def tensorrt_package(features: Sequence[str]) -> Any:
     raise MissingExtraError(PACKAGES[missing], PACKAGES[missing])
 
 
-def compiled_for(engine: Engine, device: Device) -> str:
+def compiled_for(engine: Engine | EncoderEngine, device: Device) -> str:
     """The file that was compiled for this GPU, relative to the build.
 
     Raises:
@@ -60,7 +63,7 @@ def compiled_for(engine: Engine, device: Device) -> str:
     return engine.compiled[device.architecture]
 
 
-def open_program(directory: Path, engine: Engine, device: Device) -> "Program":
+def open_program(directory: Path, engine: Engine | EncoderEngine, device: Device) -> "Program":
     """Load what was compiled of ``engine`` for this GPU.
 
     Raises:
@@ -104,7 +107,7 @@ class Program:
         self._scratch_bytes = int(loaded.device_memory_size_v2)
         self._scratch = device.allocate(max(self._scratch_bytes, 1))
 
-    def check(self, engine: Engine) -> None:
+    def check(self, engine: Engine | EncoderEngine) -> None:
         """Refuse to run it as something that it is not.
 
         Raises:
@@ -116,6 +119,8 @@ class Program:
         if described != found:
             names = ", ".join(sorted(described ^ found))
             raise UnsupportedError(f"the engine and its manifest disagree about {names}", hint="build it again")
+        if isinstance(engine, EncoderEngine):
+            return
         self._check_caches(engine)
         if loaded.num_optimization_profiles <= DECODE:
             raise UnsupportedError("the engine has no profile of its own for decoding", hint="build it again")
@@ -141,7 +146,7 @@ class Program:
                 raise UnsupportedError(f"the engine and its manifest disagree about {past}", hint="build it again")
 
     def context(self, profile: int) -> Any:
-        """A new context of one of the two profiles, over the shared scratch memory.
+        """A new context of one of the profiles, over the shared scratch memory.
 
         Raises:
             ResourceError: TensorRT cannot make one.

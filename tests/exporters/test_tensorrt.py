@@ -9,10 +9,11 @@ import torch
 from llmopt.calibration.reference import Reference
 from llmopt.calibration.texts import read_tokens
 from llmopt.evaluation.measure import measure
-from llmopt.evaluation.proxy import check_range, measurable
+from llmopt.evaluation.proxy import check_range, measurable, measurable_encoder
+from llmopt.evaluation.vectors import measure_vectors
 from llmopt.exporters.tensorrt.exporter import TensorRT
 from llmopt.optimizer.contracts import PassContext
-from llmopt.optimizer.manifest import Engine
+from llmopt.optimizer.manifest import EncoderEngine, Engine
 from llmopt.optimizer.model import Model
 from llmopt.optimizer.sources import load_model
 from llmopt.optimizer.tokens import Tokens
@@ -84,6 +85,34 @@ def test_every_scheme_is_compiled(name, precision, llama_of, tmp_path):
     assert (tmp_path / engine.compiled["sm89"]).stat().st_size > 10_000
     rounds = RoundToNearest(**options).scheme.input_activations is not None
     assert np.median(errors(model, tmp_path, engine)) < (ROUNDED if rounds else 0.03)
+
+
+def least_cosine(model: Model, directory: Path, engine: EncoderEngine) -> float:
+    """Of vectors of the encoder's graph and of the model's own, the two that are least alike."""
+    measured = measurable_encoder(directory, engine, threads=1)
+    assert measured.proxy is not None
+    texts = Tokens(name="random", ids=TEXT.ids, digest="0" * 64, lengths=torch.tensor([12, 5, 9, 1]))
+    return measure_vectors(model, measured.open(), [texts])[1].value
+
+
+def test_every_encoder_is_compiled(encoder_name, encoder_of, tmp_path):
+    model = load_model(str(encoder_of(encoder_name)), cache=tmp_path / "cache")
+
+    engine, _ = TensorRT(targets=["sm89"], capacity=16, slots=2).export(model, tmp_path, PassContext())
+
+    assert (tmp_path / engine.compiled["sm89"]).stat().st_size > 10_000
+    assert (engine.slots, engine.capacity, engine.features) == (2, 16, ["tensorrt_rtx"])
+    # A dozen roundings to 2^-11 in each layer; another pooling or a mask left out gives less than 0.9.
+    assert least_cosine(model, tmp_path, engine) > 0.9999
+
+
+def test_an_encoder_in_bfloat16_is_measured_in_float32(encoder_of, tmp_path):
+    model = load_model(str(encoder_of("bert")), cache=tmp_path / "cache")
+    exporter = TensorRT(targets=["sm89"], capacity=16, precision="bf16")
+    engine, _ = exporter.export(model, tmp_path, PassContext())
+    assert engine.dtype == "bfloat16"
+    # Weights are rounded to 2^-8.
+    assert least_cosine(model, tmp_path, engine) > 0.99
 
 
 @pytest.mark.real_model

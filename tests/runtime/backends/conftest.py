@@ -1,12 +1,13 @@
 """A GPU made of numpy, and TensorRT's calls on it: what is queued happens when somebody waits, and not before."""
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from llmopt.optimizer.errors import ResourceError
-from llmopt.optimizer.manifest import Engine, TensorInfo
+from llmopt.optimizer.manifest import EncoderEngine, Engine, TensorInfo
 from llmopt.runtime.backends.tensorrt import TensorRTBackend
 from llmopt.runtime.backends.tensorrt_program import Program
 from llmopt.runtime.backends.toy import toy_logits
@@ -131,7 +132,7 @@ class FakeContext:
     def execute_async_v3(self, stream):
         assert stream == FakeDevice.stream
         assert self.addresses.keys() == self._engine.names
-        for part in PARTS:
+        for part in self._engine.parts:
             assert self.addresses[f"past.{part}"] == self.addresses[f"present.{part}"]
         addresses, shapes = dict(self.addresses), dict(self.shapes)
         self._engine.runs.append((self.profile, shapes["input_ids"]))
@@ -143,6 +144,7 @@ class FakeEngine:
     """An ICudaEngine, of the toy's vocabulary: each KV tensor has the token in all elements of its place."""
 
     num_optimization_profiles = 2
+    parts: Sequence[str] = PARTS
     device_memory_size_v2 = 1000
 
     def __init__(self, engine: Engine, device: FakeDevice) -> None:
@@ -205,6 +207,46 @@ class FakeEngine:
             first = agreed[0]
             assert (first == first[:, :1]).all(), "heads or columns differ"
             logits[number] = toy_logits(first[:, 0].astype(np.int64), self.engine.vocab_size)
+
+
+class FakeEncoder(FakeEngine):
+    """The same of an encoder: column j of a vector is j + 1 times the sum of the text's ids."""
+
+    num_optimization_profiles = 1
+    parts = ()
+
+    def profile_of(self, name, profile):
+        assert profile == 0
+        return (1, 1), (self.engine.slots, self.engine.capacity)
+
+    def compute(self, addresses, shapes):
+        ids, mask = (
+            self.device.array_at(addresses[name], shapes[name], np.int64) for name in ("input_ids", "attention_mask")
+        )
+        vectors = self.device.array_at(addresses["sentence_embedding"], (len(ids), self.engine.hidden_size), np.float32)
+        vectors[:] = (ids * mask).sum(1)[:, None] * np.arange(1, self.engine.hidden_size + 1)
+
+
+def compiled_encoder(*, slots=3, capacity=8) -> EncoderEngine:
+    """The manifest entry of a compiled encoder."""
+    inputs = [TensorInfo(name=n, dtype="int64", dims=["batch", "tokens"]) for n in ("input_ids", "attention_mask")]
+    return EncoderEngine(
+        exporter="tensorrt",
+        target="tensorrt",
+        path="tensorrt/model.onnx",
+        inputs=inputs,
+        outputs=[TensorInfo(name="sentence_embedding", dtype="float32", dims=["batch", 4])],
+        num_layers=1,
+        hidden_size=4,
+        vocab_size=100,
+        capacity=capacity,
+        slots=slots,
+        pad_token=9,
+        pooling="mean",
+        normalize=False,
+        dtype="float16",
+        compiled={"sm89": "tensorrt/sm89.engine"},
+    )
 
 
 def compiled_engine(*, vocab_size=64, capacity=128, max_chunk=16, slots=8) -> Engine:
@@ -272,8 +314,8 @@ def fake_tensorrt() -> SimpleNamespace:
 def paper_gpu():
     """The classes and functions above."""
     return SimpleNamespace(
-        Device=FakeDevice, Engine=FakeEngine, Context=FakeContext, compiled_engine=compiled_engine,
-        tensorrt=fake_tensorrt,
+        Device=FakeDevice, Engine=FakeEngine, Encoder=FakeEncoder, Context=FakeContext,
+        compiled_engine=compiled_engine, compiled_encoder=compiled_encoder, tensorrt=fake_tensorrt,
     )  # fmt: skip
 
 

@@ -60,7 +60,7 @@ def test_texts_of_about_equal_length_share_a_call(backend, texts, monkeypatch):
 
 def test_a_call_has_no_more_tokens_than_a_cache_holds(backend, monkeypatch):
     shapes = calls_of(backend, monkeypatch)
-    monkeypatch.setattr("llmopt.runtime.backends.encoder._CALL_TOKENS", 40)
+    backend._call_tokens = 40
     backend.vectors([[5] * length for length in (4, 5, 5, 10, 10, 30, 64)], batch=3)
     assert shapes == [(1, 64), (1, 30), (2, 10), (3, 5)]
 

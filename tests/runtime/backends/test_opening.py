@@ -5,8 +5,16 @@ import pytest
 
 from llmopt.optimizer.errors import InputError, MissingExtraError, ResourceError, UnsupportedError
 from llmopt.optimizer.manifest import Manifest, SourceEntry, Verdict
-from llmopt.runtime.backends import device, tensorrt, tensorrt_program
-from llmopt.runtime.backends.opening import Executor, free_memory, open_backend, pick_engine, slot_capacity
+from llmopt.runtime.backends import device, tensorrt, tensorrt_encoder, tensorrt_program
+from llmopt.runtime.backends.opening import (
+    Executor,
+    free_memory,
+    open_backend,
+    open_encoder_backend,
+    pick_encoder,
+    pick_engine,
+    slot_capacity,
+)
 from llmopt.runtime.backends.toy import toy_engine
 from llmopt.runtime.sizing import choose_sizes, item_bytes, pool_bytes
 
@@ -33,6 +41,7 @@ def machine(monkeypatch, paper_gpu):
 
         monkeypatch.setattr(device, "open_device", open_device)
         monkeypatch.setattr(tensorrt, "open_device", open_device)
+        monkeypatch.setattr(tensorrt_encoder, "open_device", open_device)
         monkeypatch.setattr(tensorrt_program, "tensorrt_package", lambda features: paper_gpu.tensorrt())
 
     make()
@@ -130,10 +139,37 @@ def test_contradictions_are_refused(wanted, why):
         Executor(**wanted)
 
 
-def test_an_encoder_has_no_choice():
-    Executor().check_encoder()
-    with pytest.raises(InputError, match="an encoder's engine runs in ONNX Runtime on the CPU"):
-        Executor(provider="cuda").check_encoder()
+@pytest.mark.parametrize("wanted", [{"provider": "cpu"}, {"provider": "cuda"}, {"cuda_graphs": False}])
+def test_an_encoder_has_the_choice_of_its_engine_only(wanted):
+    Executor(engine="tensorrt").check_encoder()
+    with pytest.raises(InputError, match="runs in ONNX Runtime on the CPU, or in TensorRT without CUDA graphs"):
+        Executor(**wanted).check_encoder()
+
+
+def test_of_encoders_the_one_for_the_gpu_is_taken_where_there_is_one(tmp_path, machine, paper_gpu):
+    on_gpu = paper_gpu.compiled_encoder()
+    on_cpu = on_gpu.model_copy(update={"exporter": "onnx", "target": "cpu"})
+    build = manifest().model_copy(update={"encoders": [on_cpu, on_gpu]})
+    assert pick_encoder(tmp_path, build, Executor()) is on_cpu
+    assert pick_encoder(tmp_path, build, Executor(engine="tensorrt")) is on_gpu
+    machine(gpu=paper_gpu.Device())
+    assert pick_encoder(tmp_path, build, Executor()) is on_gpu
+    assert pick_encoder(tmp_path, build, Executor(engine="onnx")) is on_cpu
+
+
+def test_an_encoder_that_was_not_built_for_what_is_wanted_says_how_to_get_one(tmp_path, machine, paper_gpu):
+    on_cpu = paper_gpu.compiled_encoder().model_copy(update={"exporter": "onnx", "target": "cpu"})
+    build = manifest().model_copy(update={"encoders": [on_cpu]})
+    with pytest.raises(InputError, match=r"no engine that TensorRT executes \(engines: onnx\)") as caught:
+        pick_encoder(tmp_path, build, Executor(engine="tensorrt"))
+    assert caught.value.hint == "add 'export: [tensorrt]' to the recipe and build again"
+    with pytest.raises(InputError, match="is no build of an encoder"):
+        pick_encoder(tmp_path, manifest(CPU), Executor())
+
+
+def test_a_compiled_encoder_without_a_gpu_says_what_is_missing(tmp_path, machine, paper_gpu):
+    with pytest.raises(MissingExtraError, match="cuda-python"):
+        open_encoder_backend(tmp_path, paper_gpu.compiled_encoder(), threads=1)
 
 
 def test_a_compiled_engine_has_one_size_of_slots(compiled):
