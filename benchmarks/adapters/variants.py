@@ -74,7 +74,7 @@ VARIANTS: Sequence[Variant] = (
     Variant("merged-int4", "merged, int4, GPTQ", f"{_CALIBRATION}{_MERGE}{_INT4}accept: []\n"),
     Variant("modular", "modular, fp32", "passes: []\naccept: []\n", modular=True, max_difference=1e-3),
     Variant(
-        "modular-w8a8", "modular, W8A8, rotated", f"passes:\n{_W8A8}accept: []\n", modular=True, max_increase=0.016
+        "modular-w8a8", "modular, W8A8, rotated", f"passes:\n{_W8A8}accept: []\n", modular=True, max_increase=0.025
     ),
 )
 """Merged, the adapter is in the weights before all else. rescale takes the model off the 4-bit grid of its file."""
