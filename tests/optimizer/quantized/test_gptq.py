@@ -138,7 +138,6 @@ def without(name: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
             "zero point of 0 to some programs and of 16 to others",
         ),
     ],
-    ids=str,
 )
 def test_what_does_not_fit_is_named(
     change, config: dict[str, Any], error, message, linear, checkpoint, tmp_path: Path
