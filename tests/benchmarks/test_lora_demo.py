@@ -3,10 +3,8 @@
 import json
 from pathlib import Path
 
-from ruamel.yaml import YAML
-
 from llmopt.benchmarks.adapters.tickets import held_out
-from llmopt.benchmarks.adapters.variants import HELD_OUT, TRAINED_ON, VARIANTS, Variant, write_recipe
+from llmopt.benchmarks.adapters.variants import HELD_OUT, TRAINED_ON, Variant
 from llmopt.benchmarks.lora_demo import missed, rows, write_texts
 from llmopt.evaluation.distance import Distance
 from llmopt.optimizer.tokenizer_config import chat_template
@@ -43,11 +41,3 @@ def test_its_texts_are_conversations_as_the_model_reads_them(tiny_llama: Path, t
     template = chat_template(tiny_llama)
     assert template is not None
     assert measured.startswith(template.render(held_out(1)[0], add_generation_prompt=False))
-
-
-def test_the_engine_of_a_modular_build_takes_adapters(tmp_path: Path) -> None:
-    for variant in VARIANTS:
-        recipe = YAML(typ="safe").load(write_recipe(variant, tmp_path, model="./model"))
-        takes = "lora" in recipe["export"][0]["onnx"]
-        merges = any("merge_lora" in step for step in recipe["passes"])
-        assert (takes, merges) == (variant.modular, not variant.modular)
