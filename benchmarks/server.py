@@ -40,11 +40,11 @@ class Server:
         messages = [] if system is None else [{"role": "system", "content": system}]
         messages.append({"role": "user", "content": question})
         asked = {"messages": messages, "temperature": 0, "max_tokens": max_tokens}
-        answer = self._post("/v1/chat/completions", asked if model is None else {"model": model, **asked})
+        answer = self._post("/v1/chat/completions", asked, model=model)
         return str(answer["choices"][0]["message"]["content"])
 
-    def _post(self, path: str, body: dict[str, Any]) -> Any:
-        model = _get(f"{self.url}/v1/models")["data"][0]["id"]
+    def _post(self, path: str, body: dict[str, Any], *, model: str | None) -> Any:
+        model = model or _get(f"{self.url}/v1/models")["data"][0]["id"]
         request = urllib.request.Request(
             self.url + path,
             data=json.dumps({"model": model, **body}).encode(),

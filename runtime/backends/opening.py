@@ -7,6 +7,7 @@ from typing import Literal, TypeAlias, TypeVar
 
 from llmopt.optimizer.errors import InputError, LlmoptError
 from llmopt.optimizer.manifest import EncoderEngine, Engine, Manifest
+from llmopt.runtime.backends import encoder
 from llmopt.runtime.backends.base import Backend
 from llmopt.runtime.backends.encoder import EncoderBackend
 from llmopt.runtime.backends.session import PROVIDERS, Provider, ProviderName, onnxruntime_with
@@ -145,8 +146,6 @@ def open_encoder_backend(
         from llmopt.runtime.backends import tensorrt_encoder
 
         return tensorrt_encoder.open_encoder_backend(directory, engine)
-    from llmopt.runtime.backends import encoder
-
     return encoder.open_encoder_backend(directory, engine, threads=threads)
 
 

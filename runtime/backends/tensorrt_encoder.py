@@ -45,7 +45,8 @@ class TensorRTCalls:
     """
 
     def __init__(self, program: Program, engine: EncoderEngine, device: Device) -> None:
-        self.texts = engine.slots or 1
+        assert engine.slots is not None  # the exporter writes for how many texts it was compiled
+        self.texts = engine.slots
         self._program = program
         self._device = device
         tokens, (output,) = self.texts * engine.capacity, engine.outputs
