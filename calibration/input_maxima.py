@@ -3,12 +3,15 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from llmopt.calibration.layerwise import room
 from llmopt.calibration.reference import Reference
+from llmopt.optimizer.contracts import ACTIVATION_BYTES
 from llmopt.optimizer.errors import PassError
 from llmopt.optimizer.model import Model
 from llmopt.optimizer.parameters import their_name
@@ -25,6 +28,8 @@ def input_maxima(
     modules: Iterable[str],
     *,
     threads: int | None = None,
+    directory: Path = Path(),
+    in_memory: int = ACTIVATION_BYTES,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float]:
     """``max|x|`` over all tokens of text and all columns, of each of ``modules``; one layer is in memory at a time.
@@ -34,6 +39,8 @@ def input_maxima(
         tokens: The text; padding is left out.
         modules: Names of linears.
         threads: PyTorch threads while it runs; None keeps the process's number.
+        directory: Where activations lie if they exceed ``in_memory``.
+        in_memory: Bytes.
         progress: Called with (finished, total) layers.
 
     Raises:
@@ -43,11 +50,14 @@ def input_maxima(
     found = _Maxima(reference, list(modules))
     step = max(1, _BATCH_TOKENS // tokens.ids.shape[1])
     masks = torch.split(tokens.mask, step)
-    pieces = [reference.embed(part) for part in torch.split(tokens.ids, step)]
+    shape = (*tokens.ids.shape, model.decoder.hidden_size)
+    pieces = torch.split(room(shape, reference.dtype, directory, in_memory=in_memory), step)
+    for piece, ids in zip(pieces, torch.split(tokens.ids, step), strict=True):
+        piece.copy_(reference.embed(ids))
     for index in range(model.num_layers):
-        for number, mask in enumerate(masks):
+        for piece, mask in zip(pieces, masks, strict=True):
             with found.watching(mask):
-                pieces[number] = reference.layer(index, pieces[number])
+                piece.copy_(reference.layer(index, piece))
         progress(index + 1, model.num_layers)
     if model.decoder.head in found.largest:
         for piece, mask in zip(pieces, masks, strict=True):

@@ -10,15 +10,13 @@ from torch import Tensor
 
 from llmopt.calibration.observe import Observer, observing
 from llmopt.calibration.reference import Reference, fast_dtype
+from llmopt.optimizer.contracts import ACTIVATION_BYTES
 from llmopt.optimizer.model import Model, Weight
 from llmopt.optimizer.tokens import Tokens
 
-__all__ = ["Layerwise", "observe_both"]
+__all__ = ["Layerwise", "observe_both", "room"]
 
 _BATCH_TOKENS = 2048
-
-_IN_MEMORY_BYTES = 1 << 30
-"""What enters a layer is kept in memory up to this size, and in a file beyond it."""
 
 
 class Layerwise:
@@ -32,7 +30,8 @@ class Layerwise:
         tokens: The windows.
         threads: PyTorch threads; None keeps the process's number.
         dtype: What is computed in, but for statistics. None: bfloat16 where the CPU multiplies it faster, else float32.
-        directory: Where what enters a layer lies if it exceeds a gigabyte.
+        directory: Where what enters a layer lies if it exceeds ``in_memory``.
+        in_memory: Bytes.
     """
 
     def __init__(
@@ -43,6 +42,7 @@ class Layerwise:
         threads: int | None = None,
         dtype: torch.dtype | None = None,
         directory: Path,
+        in_memory: int = ACTIVATION_BYTES,
     ) -> None:
         self.reference = Reference(model, threads=threads, dtype=dtype or fast_dtype())
         self.index = 0
@@ -50,7 +50,8 @@ class Layerwise:
         self._batches = [slice(n, n + per_batch) for n in range(0, len(tokens.ids), per_batch)]
         self._through: set[int] = set()
         self._mask = None if tokens.lengths is None else tokens.mask
-        self._hidden = _room((*tokens.ids.shape, model.decoder.hidden_size), self.reference.dtype, directory)
+        shape = (*tokens.ids.shape, model.decoder.hidden_size)
+        self._hidden = room(shape, self.reference.dtype, directory, in_memory=in_memory)
         for batch in self._batches:
             self._hidden[batch] = self.reference.embed(tokens.ids[batch])
 
@@ -134,10 +135,10 @@ def observe_both(
         working.observe_batch(number, modules, show)
 
 
-def _room(shape: tuple[int, ...], dtype: torch.dtype, directory: Path) -> Tensor:
-    """A tensor in memory, or mapped from a file that disappears with it."""
+def room(shape: tuple[int, ...], dtype: torch.dtype, directory: Path, *, in_memory: int) -> Tensor:
+    """A tensor of any values: up to ``in_memory`` bytes in memory, else mapped from a file that disappears with it."""
     size = torch.Size(shape).numel()
-    if size * dtype.itemsize <= _IN_MEMORY_BYTES:
+    if size * dtype.itemsize <= in_memory:
         return torch.empty(shape, dtype=dtype)
     directory.mkdir(parents=True, exist_ok=True)
     with NamedTemporaryFile(dir=directory) as file:

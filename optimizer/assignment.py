@@ -98,11 +98,6 @@ class SchemeQuantPass(QuantPass):
             raise ValueError("an embedding looks rows up, it has no inputs to quantize; W8A16 quantizes its table")
         return value
 
-    @property
-    def leaves_floats(self) -> bool:
-        """Whether it only prepares weights for another quantizer."""
-        return False
-
     def schemes(self) -> dict[str, Scheme]:
         """See ``QuantPass.schemes``."""
         found = {
@@ -133,8 +128,8 @@ class SchemeQuantPass(QuantPass):
             for module in model.linears()
         }
 
-    def requires(self, model: Model) -> None:
-        """See ``WeightPass.requires``."""
+    def fits(self, model: Model) -> None:
+        """See ``WeightPass.fits``: overrides match, group sizes divide, experts agree, input scales are known."""
         _unmatched(self.overrides, model.linears())
         for module, option in self.deciding(model).items():
             scheme = self.schemes().get(option)
@@ -147,23 +142,28 @@ class SchemeQuantPass(QuantPass):
             raise PassError("head is given, but an encoder has none", hint="remove it")
         if self.experts is not None and not model.network.expert_linears:
             raise PassError("experts is given, but this model has no mixtures of experts", hint="remove it")
-        if self.embedding != "none" and model.is_tied:
-            raise PassError(
-                "embedding is given, but this model's embedding and head share a table",
-                hint="remove it: the option head decides about both",
-            )
         assigned = self.assign(model)
         for layer in model.network.layers:
             if isinstance(layer.mlp, Experts):
                 _agree(layer.name, layer.mlp, assigned)
         for module, scheme in assigned.items():
+            _fits(module, model.weights[model.weight_of(module)].shape[1], scheme)
+
+    def requires(self, model: Model) -> None:
+        """See ``WeightPass.requires``."""
+        super().requires(model)
+        if self.embedding != "none" and model.is_tied:
+            raise PassError(
+                "embedding is given, but this model's embedding and head share a table",
+                hint="remove it: the option head decides about both",
+            )
+        for module in self.assign(model):
             weight = model.weights[model.weight_of(module)]
             if isinstance(weight, QuantWeight):
                 raise PassError(
                     f"{module} is already quantized to {weight.scheme.name}",
                     hint="one quantizing pass per module: use overrides to give modules different schemes",
                 )
-            _fits(module, weight.shape[1], scheme)
 
     def _knows_inputs(self, model: Model, module: str) -> bool:
         if self.chooses_input_scales == "layers":

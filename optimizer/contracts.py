@@ -19,11 +19,23 @@ if TYPE_CHECKING:
     from llmopt.optimizer.model import Model, Weight
     from llmopt.optimizer.tokens import Tokens
 
-__all__ = ["CalibrationText", "Exporter", "Feature", "GraphPass", "PassContext", "QuantPass", "WeightPass"]
+__all__ = [
+    "ACTIVATION_BYTES",
+    "CalibrationText",
+    "Exporter",
+    "Feature",
+    "GraphPass",
+    "PassContext",
+    "QuantPass",
+    "WeightPass",
+]
 
 
 Feature = Literal["an online rotation", "an int8 cache", "an int8 cache with a scale per channel"]
 """What a pass may add to a model that not everything an exporter writes has a place for."""
+
+ACTIVATION_BYTES = 1 << 30
+"""Of a text's activations, twice in passes that look at two models: kept in memory where a recipe sets no limit."""
 
 
 class CalibrationText(Protocol):
@@ -55,6 +67,7 @@ class PassContext:
         strict: Whether a fallback is an error.
         verify: How thoroughly results are checked.
         threads: Of every library that computes; None keeps the process's numbers.
+        activation_bytes: Activations of a whole text lie in memory up to this size, beyond it in a file in ``work``.
         calibration: Makes the calibration text, for passes that say ``needs_calibration``.
         work: A directory for finished parts, such as layers: what a killed pass left in it is there when the same pass
             runs on the same input again, and it is removed when the pass is done. None: nothing is kept.
@@ -72,6 +85,7 @@ class PassContext:
     strict: bool = False
     verify: Literal["none", "quick", "full"] = "quick"
     threads: int | None = None
+    activation_bytes: int = ACTIVATION_BYTES
     calibration: "Callable[[], Tokens]" = _no_calibration
     work: Path | None = None
     shared: Callable[..., Path | None] = field(default=lambda *what: None)
@@ -120,8 +134,15 @@ class WeightPass(_Options):
         """What the model has afterwards that not every exporter can write."""
         return frozenset()
 
+    def fits(self, model: "Model") -> None:
+        """Raise ``PassError`` when this pass is for no model with the names and widths of ``model``.
+
+        Passes before it change neither, so all of a recipe's are asked about the source model, before any work.
+        """
+
     def requires(self, model: "Model") -> None:
-        """Raise ``PassError`` when ``model`` cannot be given to this pass. Cheap: no tensor is read."""
+        """Raise ``PassError`` when ``model`` cannot be given to this pass as it is. Cheap: no tensor is read."""
+        self.fits(model)
 
     def yardstick(self, source: "Model", seed: int) -> "Model":  # noqa: ARG002 - for those that change what is wanted
         """What a build with this pass is measured against: ``source``, unless the pass is there to change that."""
@@ -134,6 +155,11 @@ class WeightPass(_Options):
 
 class QuantPass(WeightPass):
     """A weight pass that quantizes linears; the recipe checks its schemes against the targets before any work."""
+
+    @property
+    def leaves_floats(self) -> bool:
+        """Whether it only prepares weights for another quantizer."""
+        return False
 
     @abstractmethod
     def schemes(self) -> dict[str, Scheme]:

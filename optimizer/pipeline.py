@@ -194,6 +194,7 @@ def _run(
         strict=recipe.strict,
         verify=recipe.verify,
         threads=recipe.resources.thread_count,
+        activation_bytes=recipe.resources.activation_bytes,
         note=recorder.note,
         fallback=recorder.fallback,
         detail=recorder.detail,
@@ -245,9 +246,10 @@ def _identity(step: NamedPass, cache: Path) -> Sequence[object]:
 
 def _surroundings() -> Sequence[str | int]:
     """What else changes bits: the compiler's sources, the libraries that read and compute, threads and CPU."""
-    flags = os.environ.get("ATEN_CPU_CAPABILITY", torch.backends.cpu.get_cpu_capability())
+    level = os.environ.get("ATEN_CPU_CAPABILITY", torch.backends.cpu.get_cpu_capability())
+    flags = sorted(name for name, has_it in torch.cpu.get_capabilities().items() if has_it is True)
     libraries = [torch.__version__, version("transformers")]
-    return [sources_digest(), *libraries, torch.get_num_threads(), platform.machine(), flags]
+    return [sources_digest(), *libraries, torch.get_num_threads(), platform.machine(), level, *flags]
 
 
 def _tell(record: PassRecord, progress: Progress) -> None:

@@ -4,6 +4,7 @@
 and reports every mistake at once with its line.
 """
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt
 
 from llmopt.optimizer.calibration import Calibration
-from llmopt.optimizer.contracts import Exporter, WeightPass
+from llmopt.optimizer.contracts import ACTIVATION_BYTES, Exporter, WeightPass
 from llmopt.optimizer.errors import InputError, Problem, RecipeError
 from llmopt.optimizer.gates import Gate
 from llmopt.optimizer.recipe_errors import shown
@@ -40,6 +41,12 @@ class Resources(_Part):
     def thread_count(self) -> int:
         """``threads``, or the number of cores this process may use."""
         return self.threads or len(os.sched_getaffinity(0))
+
+    @property
+    def activation_bytes(self) -> int:
+        """See ``PassContext.activation_bytes``: an eighth of the limit at most."""
+        limit = math.inf if self.max_ram_gb is None else self.max_ram_gb * 1e9 / 8
+        return int(min(ACTIVATION_BYTES, limit))
 
 
 def _is_exactly_1(value: object) -> object:

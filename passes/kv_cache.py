@@ -1,11 +1,13 @@
 """An int8 KV cache: a quarter of the memory of a float one, with scales from what the model writes into it."""
 
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from llmopt.calibration.layerwise import room
 from llmopt.calibration.reference import Reference
 from llmopt.optimizer.contracts import Feature, PassContext, WeightPass
 from llmopt.optimizer.errors import PassError
@@ -37,10 +39,8 @@ class KvCache(WeightPass):
         """See ``WeightPass.adds``."""
         return frozenset({"an int8 cache" if self.strategy == "tensor" else "an int8 cache with a scale per channel"})
 
-    def requires(self, model: Model) -> None:
-        """See ``WeightPass.requires``."""
-        if model.cache_scales(0) is not None:
-            raise PassError("the cache is already quantized", hint="one kv_cache pass is enough")
+    def fits(self, model: Model) -> None:
+        """See ``WeightPass.fits``: kernels take its heads."""
         for layer in model.decoder.layers:
             if layer.attention.head_dim % _HEAD_MULTIPLE:
                 raise PassError(
@@ -49,8 +49,14 @@ class KvCache(WeightPass):
                     hint="leave kv_cache out",
                 )
 
+    def requires(self, model: Model) -> None:
+        """See ``WeightPass.requires``."""
+        super().requires(model)
+        if model.cache_scales(0) is not None:
+            raise PassError("the cache is already quantized", hint="one kv_cache pass is enough")
+
     def run(self, model: Model, context: PassContext) -> Model:
-        """See ``WeightPass.run``. Records each layer's error: of keys and of values, relative to their norm."""
+        """See ``WeightPass.run``. Records the largest magnitude of each layer's keys, and of its values."""
         largest = _Largest(model, context)
         scales: dict[str, Weight] = {}
         for index, layer in enumerate(model.decoder.layers):
@@ -84,10 +90,14 @@ class _Largest:
         reference = Reference(self._model, threads=context.threads, keys_values=self._look)
         step = max(1, _BATCH_TOKENS // tokens.ids.shape[1])
         masks = torch.split(tokens.mask, step)
-        pieces = [reference.embed(part) for part in torch.split(tokens.ids, step)]
+        shape = (*tokens.ids.shape, self._model.decoder.hidden_size)
+        hidden = room(shape, reference.dtype, context.work or Path(), in_memory=context.activation_bytes)
+        pieces = torch.split(hidden, step)
+        for piece, ids in zip(pieces, torch.split(tokens.ids, step), strict=True):
+            piece.copy_(reference.embed(ids))
         for index in range(self._model.num_layers):
-            for number, self._mask in enumerate(masks):
-                pieces[number] = reference.layer(index, pieces[number])
+            for piece, self._mask in zip(pieces, masks, strict=True):
+                piece.copy_(reference.layer(index, piece))
             context.progress(index + 1, self._model.num_layers)
 
     def _look(self, index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

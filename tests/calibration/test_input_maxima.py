@@ -42,6 +42,17 @@ def test_padding_is_not_looked_at(pair_of):
     assert found == pytest.approx(theirs(network, [IDS[0, :9], IDS[1, :5]]), rel=1e-5)
 
 
+def test_what_exceeds_the_memory_lies_in_a_file_that_disappears_with_it(pair_of, tmp_path, monkeypatch):
+    model, _ = pair_of()
+    expected = input_maxima(model, Tokens("some", IDS, ""), model.linears())
+    mapped, from_file = [], torch.from_file
+    monkeypatch.setattr(torch, "from_file", lambda *a, **o: mapped.append(o["size"]) or from_file(*a, **o))
+    found = input_maxima(model, Tokens("some", IDS, ""), model.linears(), directory=tmp_path, in_memory=100)
+    assert found == expected
+    assert mapped == [IDS.numel() * model.decoder.hidden_size]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_only_the_modules_asked_for_are_returned(pair_of):
     model, _ = pair_of()
     name = "model.layers.1.mlp.down_proj"

@@ -25,9 +25,9 @@ def model(pair_of):
     return pair_of()[0]
 
 
-def run_of(model, tmp_path, **changes):
+def run_of(model, tmp_path, *, in_memory=1 << 30, **changes):
     tokens = Tokens(name="it", ids=IDS, digest="0", **changes)
-    return Layerwise(model, tokens, dtype=torch.float32, directory=tmp_path / "work")
+    return Layerwise(model, tokens, dtype=torch.float32, directory=tmp_path / "work", in_memory=in_memory)
 
 
 def inputs_of(run, modules):
@@ -128,11 +128,10 @@ def test_padding_is_left_out(model, tmp_path: Path) -> None:
 def test_what_exceeds_the_memory_lies_in_a_file_that_disappears_with_it(model, tmp_path: Path, monkeypatch) -> None:
     expected = inputs_of(run_of(model, tmp_path), [model.decoder.layers[0].mlp.down])
     assert not (tmp_path / "work").exists()
-    monkeypatch.setattr(layerwise, "_IN_MEMORY_BYTES", 100)
     mapped = []
     from_file = torch.from_file
     monkeypatch.setattr(torch, "from_file", lambda *a, **o: mapped.append(o["size"]) or from_file(*a, **o))
-    found = inputs_of(run_of(model, tmp_path), [model.decoder.layers[0].mlp.down])
+    found = inputs_of(run_of(model, tmp_path, in_memory=100), [model.decoder.layers[0].mlp.down])
     assert mapped == [IDS.numel() * 48]
     assert list((tmp_path / "work").iterdir()) == []
     for module, rows in found.items():

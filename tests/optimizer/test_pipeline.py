@@ -307,6 +307,14 @@ def test_changed_sources_run_everything_again(run, monkeypatch: pytest.MonkeyPat
     assert CALLS == ["scale 2", "talk"] * 2
 
 
+def test_another_kind_of_cpu_runs_everything_again(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(Scale())
+    flags = torch.cpu.get_capabilities()
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {**flags, "amx_bf16": not flags.get("amx_bf16")})
+    run(Scale())
+    assert CALLS == ["scale 2"] * 2
+
+
 def test_a_pass_of_another_distribution_runs_again_when_its_file_changed(
     run, install_pass, monkeypatch: pytest.MonkeyPatch
 ) -> None:

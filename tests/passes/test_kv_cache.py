@@ -78,6 +78,14 @@ def test_padding_is_not_looked_at(model: Model) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
 
 
+def test_activations_may_lie_in_a_file(model: Model, tmp_path: Path) -> None:
+    limited = PassContext(calibration=lambda: TEXT, work=tmp_path / "work", activation_bytes=100)
+    found, expected = KvCache().run(model, limited), quantized(model)
+    assert list((tmp_path / "work").iterdir()) == []
+    name = "model.layers.2.self_attn.k_scale"
+    assert torch.equal(found.weights[name].load(), expected.weights[name].load())
+
+
 def test_the_reference_rounds_keys_and_values(model: Model) -> None:
     found = quantized(model)
     seen = []
