@@ -171,7 +171,7 @@ def _check(recipe: Recipe, model: Model, output: Path) -> None:
     check_model(recipe, model)
     _check_metrics(recipe.accept, model)
     needed = 0
-    quantizes = any(isinstance(step.instance, QuantPass) for step in recipe.passes)
+    quantizes = any(isinstance(step.instance, QuantPass) and not step.instance.leaves_floats for step in recipe.passes)
     for item in recipe.export:
         # The estimate is of the model as it is: one that is quantized after it needs no more than half of it.
         needed += item.instance.estimate(model) // (2 if quantizes else 1)

@@ -10,16 +10,20 @@ __all__ = ["check_as_it_is", "check_model"]
 
 
 def check_model(recipe: Recipe, model: Model) -> None:
-    """Ask the first pass, the targets and the exporters; passes after the first are asked when it is their turn.
+    """Ask the passes, the targets and the exporters.
+
+    Passes after the first are asked about names and widths; what passes before them make, when it is their turn.
 
     Raises:
-        PassError: The first pass refuses the model.
+        PassError: A pass refuses the model.
         UnsupportedError: A target cannot run what the recipe makes of the model, or an exporter cannot write it.
     """
     if model.is_encoder:
         _check_encoder(recipe, model)
     for step in recipe.passes[:1]:
         step.instance.requires(model)
+    for step in recipe.passes[1:]:
+        step.instance.fits(model)
     if not any(step.instance.dequantizes for step in recipe.passes):
         for item in recipe.export:
             check_as_it_is(model, item.instance)
@@ -66,7 +70,7 @@ def _check_encoder(recipe: Recipe, model: Model) -> None:
 def _check_modules(recipe: Recipe, model: Model) -> None:
     """Experts run fewer schemes than linears do, some schemes need certain widths, and only the model shows them."""
     for i, step in enumerate(recipe.passes):
-        if not isinstance(step.instance, QuantPass):
+        if not isinstance(step.instance, QuantPass) or step.instance.leaves_floats:
             continue
         schemes = step.instance.schemes()
         for module, options in step.instance.possible(model).items():

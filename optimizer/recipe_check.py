@@ -44,14 +44,19 @@ def checked(document: Document, base: Path) -> Recipe | None:
 
 
 def _check_quantizers(document: Document, passes: list[Step], export: list[Step]) -> None:
-    """One quantizing pass at most, and everything that is exported must have a place for what passes make."""
-    quantizers = [each for each in passes if issubclass(each.kind, QuantPass)]
-    for each in quantizers[1:]:
-        what = f"its linears are already quantized by {dotted(quantizers[0].path)}"
-        hint = "keep one of them, and give some modules another scheme with its overrides"
-        document.problems.append(document.problem(each.path, what, hint, at_key=True))
+    """One pass that rounds at most, and everything that is exported must have a place for what passes make."""
     exporters = [each for each in export if each.instance]
-    for each in quantizers:
+    first: Step | None = None
+    for each in passes:
+        if not issubclass(each.kind, QuantPass):
+            continue
+        if first is not None:
+            what = f"its linears are already quantized by {dotted(first.path)}"
+            hint = "keep one of them, and give some modules another scheme with its overrides"
+            document.problems.append(document.problem(each.path, what, hint, at_key=True))
+        if each.instance and each.instance.leaves_floats:
+            continue
+        first = first or each
         for exporter in exporters:
             if each.instance:
                 _check_schemes(document, each.path, each.instance, exporter.instance)

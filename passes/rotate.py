@@ -63,15 +63,21 @@ class Rotate(WeightPass):
         """See ``WeightPass.adds``."""
         return frozenset({"an online rotation"} if self.online is not None else ())
 
-    def requires(self, model: Model) -> None:
-        """See ``WeightPass.requires``."""
-        refuse_quantized(model, "rotate")
+    def fits(self, model: Model) -> None:
+        """See ``WeightPass.fits``: the family has what is to be rotated, in widths that blocks divide."""
         if not (self.residual or self.heads or self.online):
             raise PassError("residual, heads and online are all off", hint="remove the pass, or switch one of them on")
         if self.residual:
             _refuse_residual(model)
         if self.online is not None:
             _refuse_online(model, self.online.down_proj)
+
+    def requires(self, model: Model) -> None:
+        """See ``WeightPass.requires``."""
+        super().requires(model)
+        refuse_quantized(model, "rotate")
+        if self.online is not None:
+            _refuse_second_online(model)
 
     def run(self, model: Model, context: PassContext) -> Model:
         """See ``WeightPass.run``. Records the order of each rotation and the orders of its factors."""
@@ -136,7 +142,11 @@ def _refuse_online(model: Model, block: int) -> None:
                 f"{layer.mlp.down} has {width} input columns, not a multiple of online.down_proj={block}",
                 hint=f"sizes that fit it: {', '.join(map(str, fitting)) or width}",
             )
-        if model.input_rotation(layer.mlp.down) is not None:
+
+
+def _refuse_second_online(model: Model) -> None:
+    for layer in model.decoder.layers:
+        if not isinstance(layer.mlp, Experts) and model.input_rotation(layer.mlp.down) is not None:
             raise PassError(f"{layer.mlp.down} has an online rotation already", hint="rotate once")
 
 

@@ -43,9 +43,8 @@ class Smoothquant(WeightPass):
         "of up projections before down projections.",
     )
 
-    def requires(self, model: Model) -> None:
-        """See ``WeightPass.requires``."""
-        refuse_quantized(model, "smoothquant")
+    def fits(self, model: Model) -> None:
+        """See ``WeightPass.fits``: there are pairs of the chosen kinds."""
         if not any(self._chosen(model, index) for index in range(model.num_layers)):
             possible = sorted({pair.kind for index in range(model.num_layers) for pair in layer_pairs(model, index)})
             raise PassError(
@@ -53,9 +52,20 @@ class Smoothquant(WeightPass):
                 hint=f"pairs that it has: {', '.join(possible)}",
             )
 
+    def requires(self, model: Model) -> None:
+        """See ``WeightPass.requires``."""
+        super().requires(model)
+        refuse_quantized(model, "smoothquant")
+
     def run(self, model: Model, context: PassContext) -> Model:
         """See ``WeightPass.run``. Records the ratio of the largest to the smallest scale of every producer."""
-        text = Layerwise(model, context.calibration(), threads=context.threads, directory=context.work or Path())
+        text = Layerwise(
+            model,
+            context.calibration(),
+            threads=context.threads,
+            directory=context.work or Path(),
+            in_memory=context.activation_bytes,
+        )
         changed: dict[str, Weight] = {}
         spreads: dict[str, float] = {}
         for index, layer in enumerate(model.decoder.layers):
@@ -65,7 +75,9 @@ class Smoothquant(WeightPass):
             for pair in pairs:
                 scale = self._scale(model.with_weights(smoothed), pair, largest)
                 if scale is None:
-                    context.note(f"no calibration token reaches {pair.consumers[0]}: {pair.producer} is left as it is")
+                    context.fallback(
+                        f"no calibration token reaches {pair.consumers[0]}: {pair.producer} is left as it is"
+                    )
                     continue
                 spreads[pair.producer] = float(scale.max() / scale.min())
                 smoothed |= scaled(model.with_weights(smoothed), pair, scale)

@@ -142,6 +142,8 @@ def test_all_keys_of_the_design_are_accepted(load, tmp_path: Path) -> None:
     )
     assert recipe.accept[1].max_increase == pytest.approx(0.03)
     assert recipe.resources.max_ram_gb == 12
+    assert recipe.resources.activation_bytes == 1 << 30
+    assert recipe.resources.model_copy(update={"max_ram_gb": 2.0}).activation_bytes == 250_000_000
     assert recipe.calibration.source == "chat.jsonl"
 
 
@@ -351,6 +353,14 @@ def test_a_second_quantizer_is_found_although_the_first_has_a_mistake(mistakes) 
         "passes.1.round_to_nearest",
         "passes.1.round_to_nearest.scheme",
     ]
+
+
+def test_a_pass_that_only_prepares_weights_may_stand_before_a_quantizer_and_not_behind(load, mistakes) -> None:
+    prepares, rounds = "awq: {scheme: FP8, rounds: false}", "gptq: {scheme: W4A16, group_size: 32}"
+    recipe = load(f"{HEAD}passes:\n  - {prepares}\n  - {rounds}\n{TAIL}")
+    assert [step.name for step in recipe.passes] == ["awq", "gptq"]
+    (found,) = mistakes(f"{HEAD}passes:\n  - {rounds}\n  - {prepares}\n{TAIL}")
+    assert "passes.1.awq: its linears are already quantized by passes.0.gptq" in found
 
 
 def test_a_scheme_that_a_target_cannot_run_is_refused_at_its_option(mistakes) -> None:

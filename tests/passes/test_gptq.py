@@ -59,10 +59,19 @@ def test_every_option_changes_the_result(option, model_of, context) -> None:
     assert any(not torch.equal(found.weights[n].load().values, expected.weights[n].load().values) for n in names)
 
 
-@pytest.mark.parametrize("scheme", ["W8A16", "W4A16_ASYM", "W8A8", "W3A16"])
+def asymmetric(bits):
+    return {"weights": {"num_bits": bits, "symmetric": False, "strategy": "group", "group_size": 16}}
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    ["W8A16", "W8A8", "FP8_DYNAMIC", "W4A16_ASYM", "W3A16", "W2A16", *map(asymmetric, (2, 3, 8))],
+    ids=str,
+)
 def test_schemes(scheme, model_of, context, distance) -> None:
     model = model_of("llama")
-    options = {"scheme": scheme, "head": "none"} | ({"group_size": 16} if scheme in ("W4A16_ASYM", "W3A16") else {})
+    grouped = isinstance(scheme, str) and scheme not in ("W8A16", "W8A8", "FP8_DYNAMIC")
+    options = {"scheme": scheme, "head": "none"} | ({"group_size": 16} if grouped else {})
     quantized = Gptq(**options).run(model, context[0])
     rounded = RoundToNearest(**options).run(model, context[0])
     assert distance(model, quantized) < distance(model, rounded)
@@ -105,6 +114,23 @@ def test_activations_that_are_not_finite_are_named(model_of, context) -> None:
     damaged = model.with_weights({name: DenseWeight.of(model.weights[name].load() * torch.inf)})
     with pytest.raises(PassError, match=r"what enters model\.layers\.1\.self_attn\.q_proj has values"):
         Gptq(scheme="W4A16", group_size=16).run(damaged, context[0])
+
+
+def test_inputs_whose_squares_overflow_are_named(model_of, context) -> None:
+    model = model_of("llama")
+    name = "model.layers.1.input_layernorm.weight"
+    large = model.with_weights({name: DenseWeight.of(model.weights[name].load() * 1e25)})
+    options = {"token_weighting": "none", "true_sequential": True, "error_propagation": 0.0}
+    with pytest.raises(PassError, match=r"the Hessian of model\.layers\.1\.self_attn\.q_proj cannot be factorized"):
+        Gptq(scheme="W4A16", group_size=16, **options).run(large, context[0])
+
+
+def test_errors_before_attention_are_corrected_in_models_with_experts_too(model_of, context) -> None:
+    model = model_of("mixtral")
+    options = {"scheme": "W4A16", "group_size": 16, "head": "none"}
+    found, without = (Gptq(**options, error_propagation=share).run(model, context[0]) for share in (0.5, 0.0))
+    query = "model.layers.1.self_attn.q_proj.weight"
+    assert not torch.equal(found.weights[query].dense(), without.weights[query].dense())
 
 
 def test_error_propagation_needs_quantized_inputs() -> None:
