@@ -41,7 +41,8 @@ class Plan:
         follow: Whether a layer's input comes from the quantized layers before it; else from the float model.
         true_sequential: Whether within a layer, too, a linear is quantized behind those before it, as a stage of its
             own; else all linears of a layer are one stage.
-        twin: Whether stages are also shown what enters in the float model.
+        twin: Whether stages are also shown what enters in the float model. Experts get other tokens there, so those of
+            a layer are then a stage of their own, which is not shown it.
     """
 
     modules: Collection[str]
@@ -112,13 +113,14 @@ def quantize_layers(
         model: The float model.
         plan: See ``Plan``.
         context: Its calibration text is what is run; finished layers lie in its work directory.
-        quantize: Called for each stage; returns the new weights by parameter name, and facts by linear.
+        quantize: Called for each stage; returns the new weights by parameter name, and facts by linear: ``unreached``
+            is that no token activates it, so that it was rounded to nearest.
 
     Returns:
         All new weights, mapped from the context's store, and all facts.
 
     Raises:
-        PassError: No token reached one of the linears.
+        PassError: No token reached one of the linears; or under ``strict`` none activates it.
     """
     runs = _Runs(model, plan, context)
     weights: dict[str, Weight] = {}
@@ -127,13 +129,17 @@ def quantize_layers(
         made, found = _finished(context.work, index) or _new_layer(layer, plan, runs, quantize, context.work, index)
         weights |= context.keep(made)
         facts |= found
+        for module, about in found.items():
+            if about.pop("unreached", False):
+                context.fallback(f"no calibration token activates {module}: it is rounded to nearest")
         if index + 1 < model.num_layers:
             runs.advance(made)
         return_memory()
         context.progress(index + 1, model.num_layers)
     coverage = Coverage(model.decoder, context.calibration(), plan.modules)
     for module, about in facts.items():
-        coverage.add(module, about.pop("tokens", 0))
+        if "tokens" in about:
+            coverage.add(module, about.pop("tokens"))
     coverage.record(context)
     return weights, facts
 
@@ -169,10 +175,18 @@ class _Runs:
 
     def __init__(self, model: Model, plan: Plan, context: PassContext) -> None:
         tokens = context.calibration()
-        directory = context.work or Path()
         self._follow = plan.follow
-        self.working = Layerwise(model, tokens, threads=context.threads, directory=directory)
-        self.exact = Layerwise(model, tokens, threads=context.threads, directory=directory) if plan.twin else None
+        self.working, *twin = (
+            Layerwise(
+                model,
+                tokens,
+                threads=context.threads,
+                directory=context.work or Path(),
+                in_memory=context.activation_bytes,
+            )
+            for _ in range(2 if plan.twin else 1)
+        )
+        self.exact = twin[0] if twin else None
 
     def take(self, weights: dict[str, Weight]) -> None:
         """Have later stages see quantized weights."""
@@ -228,7 +242,16 @@ def _stages(layer: Layer, plan: Plan, runs: _Runs) -> Iterator[Stage]:
         for stage in layer.stages
     ]
     if not plan.true_sequential:
-        stages = [tuple(readers for stage in stages for readers in stage)]
+        everything = [readers for stage in stages for readers in stage]
+        if plan.twin:
+            experts = runs.working.reference.model.decoder.expert_linears
+            is_expert = [not experts.isdisjoint(readers) for readers in everything]
+            stages = [
+                tuple(readers for readers, found in zip(everything, is_expert, strict=True) if found is wanted)
+                for wanted in (False, True)
+            ]
+        else:
+            stages = [tuple(everything)]
     stages = [stage for stage in stages if stage]
     for stage in stages:
         yield Stage(stage, runs.working, runs.exact, is_last=stage is stages[-1])

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from llmopt.optimizer.errors import PassError
-from llmopt.optimizer.model import QuantWeight, Weight
+from llmopt.optimizer.model import Model, QuantWeight, Weight
 from llmopt.optimizer.rounding import grid, joined, quantize, quantize_on, with_input_scale
 from llmopt.optimizer.scheme import QuantSpec, Scheme
 
-__all__ = ["finite", "relative_error", "round_weight"]
+__all__ = ["finite", "refuse_damaged", "relative_error", "round_weight"]
 
 
 def round_weight(name: str, weight: Weight, scheme: Scheme, largest: Tensor | None = None) -> tuple[QuantWeight, float]:
@@ -61,6 +61,17 @@ def finite(name: str, values: Tensor) -> Tensor:
         text = f"{name} has values that are not finite"
         raise PassError(text, hint="the checkpoint is damaged, or overflowed while it was trained or merged")
     return values
+
+
+def refuse_damaged(model: Model) -> None:
+    """Look for what makes a model compute no numbers.
+
+    Raises:
+        PassError: A weight has values that are not finite.
+    """
+    for name, weight in model.weights.items():
+        for block in weight.dense_blocks():
+            finite(name, block)
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

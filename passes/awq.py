@@ -16,7 +16,7 @@ from llmopt.optimizer.model import Model, QuantWeight, Weight
 from llmopt.optimizer.rounding import quantize_on, with_input_scale
 from llmopt.optimizer.scale_pairs import ScalePair, layer_pairs, scaled, scaled_bases
 from llmopt.optimizer.scheme import Scheme
-from llmopt.optimizer.weight_rounding import finite, relative_error
+from llmopt.optimizer.weight_rounding import finite, relative_error, round_weight
 from llmopt.passes._calibrated import CalibratedQuantPass, layer_modules, record_facts, rounded_tables
 from llmopt.passes._preparing import refuse_quantized_cache
 
@@ -27,7 +27,8 @@ class Awq(CalibratedQuantPass):
     """Quantize the decoder's linears with scales and ranges chosen so that their outputs change least.
 
     Source: Lin et al. 2023, AWQ, arXiv:2306.00978. Not in the paper: errors are those of each linear's own outputs,
-    from the moments of its inputs, with tokens weighted by their norm.
+    from the moments of its inputs, with tokens weighted by their norm; and how active a channel is, is its root mean
+    square, which the same moments hold, where the paper takes the mean magnitude.
     """
 
     scaling: bool = Field(True, description="Whether scales are searched; false leaves the search of ranges.")
@@ -38,7 +39,7 @@ class Awq(CalibratedQuantPass):
 
     @property
     def leaves_floats(self) -> bool:
-        """See ``SchemeQuantPass.leaves_floats``."""
+        """See ``QuantPass.leaves_floats``."""
         return not self.rounds
 
     @property
@@ -122,6 +123,10 @@ class _Layers:
     def _round(self, model: Model, module: str, matrix: Tensor, largest: Tensor) -> tuple[QuantWeight, LinearFacts]:
         """A linear's rounded weight and what is recorded about it."""
         scheme, weight = self._assigned[module], _dense(model, module)
+        if not matrix.any():
+            name = model.weight_of(module)
+            rounded, error = round_weight(name, model.weights[name], scheme, largest)
+            return rounded, {"errors": error, "unreached": True}
         grids = chosen_grid(weight, scheme.weights, self._options.clipping, matrix.diagonal())
         tensors = quantize_on(weight, *grids, scheme)
         difference = tensors.dense() - weight

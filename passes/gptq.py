@@ -65,7 +65,7 @@ class Gptq(CalibratedQuantPass):
             true_sequential=self.true_sequential,
             twin=self.inputs == "quantized" and self.error_propagation > 0,
         )
-        linears = _Linears(self, model, assigned, context)
+        linears = _Linears(self, model, assigned)
         weights, facts = quantize_layers(model, plan, context, linears.quantize)
         tables, errors = rounded_tables(model, assigned, context)
         weights |= tables
@@ -85,11 +85,10 @@ class _Order:
 class _Linears:
     """Quantizes the linears of a stage."""
 
-    def __init__(self, options: Gptq, model: Model, assigned: Mapping[str, Scheme], context: PassContext) -> None:
+    def __init__(self, options: Gptq, model: Model, assigned: Mapping[str, Scheme]) -> None:
         self._options = options
         self._model = model
         self._assigned = assigned
-        self._context = context
 
     def quantize(self, stage: Stage) -> tuple[dict[str, Weight], dict[str, LinearFacts]]:
         """See ``quantize_layers``."""
@@ -121,9 +120,8 @@ class _Linears:
         """One linear's weight and what is recorded about it."""
         name, scheme, options = self._model.weight_of(module), self._assigned[module], self._options
         if order is None:
-            self._context.fallback(f"no calibration token activates {module}: it is rounded to nearest")
             rounded, error = round_weight(name, self._model.weights[name], scheme, moments.largest)
-            return rounded, {"errors": error}
+            return rounded, {"errors": error, "unreached": True}
         weight = goal = finite(name, self._model.weights[name].dense())
         if moments.cross is not None:
             share = options.error_propagation
@@ -143,6 +141,7 @@ class _Linears:
 
 def _singular(module: str) -> PassError:
     return PassError(
-        f"the Hessian of {module} is singular even when its diagonal is doubled",
-        hint="give more calibration text, or keep this module in float with overrides",
+        f"the Hessian of {module} cannot be factorized even when its diagonal is doubled: what enters is so large that "
+        "its squares overflow",
+        hint="the checkpoint is damaged, or overrides keep this module in float",
     )

@@ -143,6 +143,37 @@ def test_a_killed_run_goes_on_at_the_layer_it_was_in(model, context, tmp_path: P
         assert torch.equal(weights[name].dense(), weight.dense())
 
 
+def test_what_is_never_activated_is_told_by_a_run_that_goes_on_too(model, context) -> None:
+    linears, told = model.linears()[:-1], []
+    dead = model.decoder.layers[0].mlp.down
+
+    def quantize(halving, stage):
+        weights, facts = halving(stage)
+        return weights, {name: {**about, "unreached": name == dead} for name, about in facts.items()}
+
+    stopped = Halving(model, until=model.decoder.layers[1].mlp.down)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_layers(model, Plan(modules=linears), context, partial(quantize, stopped))
+    context = replace(context, fallback=told.append)
+    _, facts = quantize_layers(model, Plan(modules=linears), context, partial(quantize, Halving(model)))
+    assert told == [f"no calibration token activates {dead}: it is rounded to nearest"]
+    assert facts[dead] == {"errors": 0.5}
+
+
+def test_where_a_layer_is_one_stage_experts_are_another_if_others_see_the_float_model(
+    family_of, context, tmp_path: Path
+) -> None:
+    model = load_model(str(family_of("mixtral")), cache=tmp_path)
+    quantize, linears = Halving(model), model.linears()[:-1]
+    quantize_layers(model, Plan(modules=linears, true_sequential=False, twin=True), context, quantize)
+    mlp = model.decoder.layers[0].mlp
+    assert quantize.stages[1] == (*(e[:2] for e in mlp.experts), *(e[2:] for e in mlp.experts))
+    assert len(quantize.stages) == 2 * model.num_layers
+    assert quantize.exact.keys() == {readers[0] for stage in quantize.stages[::2] for readers in stage}
+    assert model.decoder.expert_linears.isdisjoint(quantize.exact)
+    assert_same(quantize.exact, inputs(model, quantize.exact))
+
+
 def test_experts_are_stages_of_their_own_rows(family_of, context, tmp_path: Path) -> None:
     model = load_model(str(family_of("mixtral")), cache=tmp_path)
     quantize, details = Halving(model), {}

@@ -1,9 +1,12 @@
 """AWQ as a pass: the function of the float model is kept by its scales, and rounding them loses less."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from llmopt.calibration.reference import Reference
+from llmopt.optimizer.errors import PassError
 from llmopt.optimizer.model import DenseWeight, QuantWeight
 from llmopt.optimizer.scale_pairs import layer_pairs
 from llmopt.passes.awq import Awq
@@ -78,6 +81,42 @@ def test_what_scales_gained_and_what_rounding_lost_is_recorded(model_of, context
     }
     assert min(details["scaling"].values()) < 0.8
     assert details["output_errors"].keys() == set(model.linears()[:-1])
+
+
+@pytest.mark.parametrize("scheme", ["W4A16_ASYM", "W3A16", "W2A16"])
+def test_schemes(scheme, model_of, context, distance) -> None:
+    model = uneven(model_of("llama"))
+    options = {"scheme": scheme, "group_size": 16, "head": "none"}
+    rounded = RoundToNearest(**options).run(model, context[0])
+    assert distance(model, Awq(**options).run(model, context[0])) < distance(model, rounded)
+
+
+def test_a_linear_that_is_never_activated_is_rounded_and_named(model_of, context) -> None:
+    model = model_of("llama")
+    name = "model.layers.1.mlp.up_proj.weight"
+    dead = model.with_weights({name: DenseWeight.of(torch.zeros_like(model.weights[name].load()))})
+    told: list[str] = []
+    quantized = Awq(**OPTIONS, scaling=False).run(dead, replace(context[0], fallback=told.append))
+    assert told == ["no calibration token activates model.layers.1.mlp.down_proj: it is rounded to nearest"]
+    down = "model.layers.1.mlp.down_proj.weight"
+    rounded = RoundToNearest(**OPTIONS).run(dead, context[0])
+    assert torch.equal(quantized.weights[down].load().values, rounded.weights[down].load().values)
+
+
+def test_what_the_text_reached_is_told_of_linears_alone(model_of, context) -> None:
+    model = uneven(model_of("llama"))
+    Awq(**OPTIONS).run(model, context[0])
+    assert context[1]["coverage"]["modules"] == {"count": len(model.linears()) - 1, "tokens": 48 * 24}
+    assert context[1]["coverage"]["others"] == {}
+
+
+def test_a_weight_that_is_not_finite_is_named(model_of, context) -> None:
+    model = model_of("llama")
+    name = "model.layers.1.mlp.down_proj.weight"
+    damaged = model.weights[name].load().clone()
+    damaged[3, 5] = torch.nan
+    with pytest.raises(PassError, match=f"{name} has values that are not finite"):
+        Awq(**OPTIONS).run(model.with_weights({name: DenseWeight.of(damaged)}), context[0])
 
 
 def test_linears_that_stay_in_float_are_scaled_with_the_others(model_of, context, distance) -> None:
