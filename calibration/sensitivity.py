@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmopt.calibration.divergence import kl_divergence
 from llmopt.calibration.reference import Reference
-from llmopt.optimizer.cache import digest_of
+from llmopt.optimizer.cache import digest_of, locked
 from llmopt.optimizer.errors import PassError
 from llmopt.optimizer.model import Model, Weight
 from llmopt.optimizer.scheme import Scheme
@@ -201,10 +201,11 @@ def _kept(directory: Path | None, layer: int) -> dict[str, float]:
 
 
 def _keep(directory: Path | None, layer: int, found: Mapping[str, float]) -> None:
-    """Write it down: a file is whole or not there."""
+    """Write it down, with what another build has measured meanwhile: a file is whole or not there."""
     if directory is None:
         return
+    path, partial = directory / f"layer-{layer:05d}.json", directory / f".layer-{layer:05d}.partial"
     directory.mkdir(parents=True, exist_ok=True)
-    partial = directory / f".layer-{layer:05d}.partial"
-    partial.write_text(json.dumps(found, sort_keys=True), encoding="utf-8")
-    partial.replace(directory / f"layer-{layer:05d}.json")
+    with locked(directory):
+        partial.write_text(json.dumps(_kept(directory, layer) | dict(found), sort_keys=True), encoding="utf-8")
+        partial.replace(path)

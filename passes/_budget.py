@@ -1,6 +1,7 @@
 """What the weights of a model may cost, and what each linear costs in a scheme."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
@@ -10,7 +11,10 @@ from llmopt.optimizer.scheme import Scheme, name_of
 from llmopt.passes._cost import checkpoint_bits, engine_bytes, other_engine_bytes
 from llmopt.passes._linear_times import linear_milliseconds
 
-__all__ = ["Budget", "Costs"]
+__all__ = ["Budget", "Costs", "Times"]
+
+Times = Mapping[str, Mapping[str, float]]
+"""Shape as ``ROWSxCOLUMNS`` -> name of a scheme -> measured milliseconds."""
 
 
 class Budget(BaseModel):
@@ -54,18 +58,30 @@ class Budget(BaseModel):
 class Costs:
     """What linears cost, in the unit of a budget; times are measured when they are first asked for.
 
+    Attributes:
+        times: All that were measured.
+
     Args:
         budget: Whose unit it is.
         model: The model.
         head: The scheme of its head, which counts among the bytes of an engine only.
         threads: That times are measured with.
+        times: Those that were measured before.
     """
 
-    def __init__(self, budget: Budget, model: Model, head: Scheme | None, *, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        budget: Budget,
+        model: Model,
+        head: Scheme | None,
+        *,
+        threads: int | None = None,
+        times: Times = MappingProxyType({}),
+    ) -> None:
         self._budget = budget
         self._model = model
         self._threads = threads
-        self._times: dict[tuple[tuple[int, int], str], float] = {}
+        self.times = {shape: dict(each) for shape, each in times.items()}
         inside = model.linears()[:-1]
         self.weights = sum(rows * columns for rows, columns in map(self._shape, inside))
         self.other = other_engine_bytes(model, head) if budget.kind == "bytes" else 0
@@ -75,14 +91,6 @@ class Costs:
         """What the linears of the decoder's layers may cost together."""
         limit = self._budget.limit
         return limit * self.weights if self._budget.kind == "bits" else limit - self.other
-
-    @property
-    def times(self) -> dict[str, dict[str, float]]:
-        """Shape -> scheme -> measured milliseconds."""
-        found: dict[str, dict[str, float]] = {}
-        for ((rows, columns), scheme), value in self._times.items():
-            found.setdefault(f"{rows}x{columns}", {})[scheme] = value
-        return found
 
     def of(self, modules: Sequence[str], scheme: Scheme | None) -> float:
         """The cost of some linears in one scheme; None keeps them in float."""
@@ -101,7 +109,7 @@ class Costs:
             return checkpoint_bits(shape, scheme)
         if self._budget.kind == "bytes":
             return engine_bytes(shape, scheme)
-        key = shape, name_of(scheme)
-        if key not in self._times:
-            self._times[key] = linear_milliseconds(shape, scheme, threads=self._threads)
-        return self._times[key]
+        known, name = self.times.setdefault(f"{shape[0]}x{shape[1]}", {}), name_of(scheme)
+        if name not in known:
+            known[name] = linear_milliseconds(shape, scheme, threads=self._threads)
+        return known[name]

@@ -4,7 +4,7 @@ import math
 
 from llmopt.optimizer.model import Model
 from llmopt.optimizer.scheme import Scheme
-from llmopt.passes.graph._nbits import block_size
+from llmopt.passes.graph._nbits import packed_as
 
 __all__ = ["checkpoint_bits", "engine_bytes", "other_engine_bytes"]
 
@@ -29,8 +29,8 @@ def checkpoint_bits(shape: tuple[int, int], scheme: Scheme | None) -> int:
 def engine_bytes(shape: tuple[int, int], scheme: Scheme | None) -> int:
     """Bytes of the same weight in an engine, whose floats are float32.
 
-    Weight-only kernels take blocks of some columns at most (``_nbits.block_size``): scales of larger groups are
-    repeated. Three bits are stored as four.
+    Weight-only kernels take blocks of some columns at most (``_nbits.packed_as``): scales of larger groups are
+    repeated.
     """
     rows, columns = shape
     if scheme is None:
@@ -39,10 +39,8 @@ def engine_bytes(shape: tuple[int, int], scheme: Scheme | None) -> int:
     if scheme.input_activations is not None or spec.type != "int":
         scales = math.prod(spec.scale_shape(rows, columns))
         return rows * columns * spec.num_bits // 8 + scales * _FLOAT_BYTES
-    group, bits = spec.group_size or columns, 8 if spec.num_bits == 8 else 4
-    if spec.num_bits == 2 and block_size(group, 2) is not None:
-        bits = 2
-    block = block_size(group, bits) or 16
+    bits, block = packed_as(spec.num_bits, spec.group_size or columns)
+    block = block or 16
     blocks = -(-columns // block)
     zeros = 0 if spec.symmetric else rows * -(-blocks * bits // 8)
     return rows * blocks * (block * bits // 8 + _FLOAT_BYTES) + zeros

@@ -9,9 +9,9 @@ import numpy as np
 from llmopt.optimizer.errors import MissingExtraError, PassError
 from llmopt.optimizer.instructions import VNNI, host_instructions
 from llmopt.optimizer.scheme import Scheme
-from llmopt.passes.graph._nbits import block_size
+from llmopt.passes.graph._nbits import packed_as
 
-__all__ = ["linear_milliseconds"]
+__all__ = ["linear_milliseconds", "refuse_untimed"]
 
 _ROUNDS = 30
 _SECONDS = 0.25
@@ -26,9 +26,13 @@ def linear_milliseconds(shape: tuple[int, int], scheme: Scheme | None, *, thread
     Timed in a session of random weights with the operator that the CPU target's lowering makes: ``MatMulNBits``,
     ``MatMulIntegerToFloat`` (on rows that are rounded already, since linears share that), or ``MatMul``.
 
+    Args:
+        shape: Of the weight.
+        scheme: One that ``refuse_untimed`` lets pass; None for float32.
+        threads: Of the session; None for ONNX Runtime's own number.
+
     Raises:
         MissingExtraError: onnxruntime is not installed.
-        PassError: There is no such operator for the scheme.
     """
     try:
         import onnxruntime as ort
@@ -47,6 +51,19 @@ def linear_milliseconds(shape: tuple[int, int], scheme: Scheme | None, *, thread
         session.run(None, {"x": row})
         seconds.append(time.perf_counter() - started)
     return 1000 * median(seconds) / copies
+
+
+def refuse_untimed(scheme: Scheme | None) -> None:
+    """Refuse a scheme that the CPU's engine only checks, in float32.
+
+    Raises:
+        PassError: There is no kernel for it.
+    """
+    if scheme is not None and scheme.weights.type != "int":
+        raise PassError(
+            f"{scheme.name} has no kernel on a CPU whose time could be measured",
+            hint="give a budget of bits or bytes",
+        )
 
 
 def _bytes(shape: tuple[int, int], scheme: Scheme | None) -> int:
@@ -93,8 +110,6 @@ def _product(
         weight = tensor("values", random.standard_normal((columns, rows)).astype(np.float32))
         return helper.make_node("MatMul", ["x", weight.name], [output]), [weight]
     spec = scheme.weights
-    if spec.type != "int" or spec.num_bits not in (4, 8):
-        raise PassError(f"{scheme.name} has no kernel here whose time could be measured", hint="budget bits, or bytes")
     if scheme.input_activations is not None:
         tensors = [
             tensor("values", integers(columns, rows).view(np.int8)),
@@ -108,16 +123,17 @@ def _product(
             tensors[0] = tensor("values", integers(columns, rows))
             inputs.append(middle)
         return helper.make_node("MatMulIntegerToFloat", inputs, [output], domain="com.microsoft"), tensors
-    block = block_size(spec.group_size or columns, spec.num_bits) or 16
+    bits, block = packed_as(spec.num_bits, spec.group_size or columns)
+    block = block or 16
     blocks = -(-columns // block)
     tensors = [
-        tensor("values", integers(rows, blocks, block * spec.num_bits // 8)),
+        tensor("values", integers(rows, blocks, block * bits // 8)),
         tensor("scales", np.full((rows, blocks), 0.01, np.float32)),
     ]
     if not spec.symmetric:
-        tensors.append(tensor("zero_points", integers(rows, -(-blocks * spec.num_bits // 8))))
+        tensors.append(tensor("zero_points", integers(rows, -(-blocks * bits // 8))))
     node = helper.make_node(
         "MatMulNBits", ["x", *(each.name for each in tensors)], [output], domain="com.microsoft",
-        K=columns, N=rows, bits=spec.num_bits, block_size=block, accuracy_level=4,
+        K=columns, N=rows, bits=bits, block_size=block, accuracy_level=4,
     )  # fmt: skip
     return node, tensors

@@ -1,7 +1,11 @@
 """Chooses each module's scheme by what it costs in accuracy, within a budget, and has another pass quantize."""
 
+import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, PositiveInt, field_validator
@@ -9,15 +13,19 @@ from pydantic import BeforeValidator, Field, PositiveInt, field_validator
 from llmopt.calibration.input_maxima import input_maxima
 from llmopt.calibration.sensitivity import Part, sensitivities, shortened
 from llmopt.optimizer.assignment import Kept, Override, SchemeQuantPass
+from llmopt.optimizer.cache import publish
 from llmopt.optimizer.contracts import PassContext, QuantPass
 from llmopt.optimizer.errors import PassError
 from llmopt.optimizer.model import Model
 from llmopt.optimizer.scheme import Scheme, SchemeOption, name_of
-from llmopt.passes._budget import Budget, Costs
+from llmopt.passes._budget import Budget, Costs, Times
 from llmopt.passes._candidates import Candidate, Method
+from llmopt.passes._linear_times import refuse_untimed
 from llmopt.passes._scheme_search import SchemeSearch, by_part, parts_of
 
 __all__ = ["AutoBits"]
+
+_TIMES = "times"
 
 
 def _from_name(value: object) -> object:
@@ -73,6 +81,12 @@ class AutoBits(QuantPass):
         return value
 
     @property
+    def files(self) -> tuple[Path, ...]:
+        """See ``WeightPass.files``: the method may be another distribution's."""
+        file = getattr(sys.modules.get(type(self._quantizer(self._first)).__module__), "__file__", None)
+        return (Path(file),) if file else ()
+
+    @property
     def _schemes(self) -> dict[str, Scheme]:
         """Those of the candidates that are schemes, by their option; two candidates differ, so there is one."""
         found = {f"candidates.{i}": each.sized for i, each in enumerate(self.candidates)}
@@ -109,14 +123,17 @@ class AutoBits(QuantPass):
             for module, option in self.deciding(model).items()
         }
 
-    def requires(self, model: Model) -> None:
-        """See ``WeightPass.requires``. A budget that no choice fits is refused here, but for one of time."""
+    def fits(self, model: Model) -> None:
+        """See ``WeightPass.fits``. A budget of bits that no choice fits is refused here."""
         if self._quantizer(self._first).leaves_floats:
             raise PassError(
                 "method only prepares weights, and leaves them in float", hint="give that pass before auto_bits instead"
             )
+        if self.budget.kind == "milliseconds":
+            for scheme in (*self._schemes.values(), *(each.scheme for each in self.overrides)):
+                refuse_untimed(None if scheme == "none" else scheme)
         for scheme in self._schemes.values():
-            self._quantizer(scheme).requires(model)
+            self._quantizer(scheme).fits(model)
         parts = self._parts(model)
         if not parts:
             raise PassError("overrides decide about every linear", hint="leave some of them to auto_bits")
@@ -125,14 +142,22 @@ class AutoBits(QuantPass):
                 f"{empty.modules[0]} is an expert, and every candidate quantizes activations",
                 hint="add a candidate that does not, such as W8A16, or none",
             )
-        if self.budget.kind != "milliseconds":
+        if self.budget.kind == "bits":
             self._search(model, parts).check()
+
+    def requires(self, model: Model) -> None:
+        """See ``WeightPass.requires``. A budget of bytes that no choice fits is refused here."""
+        super().requires(model)
+        self._quantizer(self._first).requires(model)
+        if self.budget.kind == "bytes":  # of which the tables are part, whether or not they are tied
+            self._search(model, self._parts(model)).check()
 
     def run(self, model: Model, context: PassContext) -> Model:
         """See ``WeightPass.run``. Records sensitivities, the table of budgets and what the method records."""
         parts = self._parts(model)
-        search = self._search(model, parts, threads=context.threads)
+        search = self._search(model, parts, threads=context.threads, times=_measured_times(context.work))
         if self.budget.kind == "milliseconds":
+            _keep_times(context.work, search.costs.times)
             search.check()
             context.detail("milliseconds", search.costs.times)
             context.note("chosen by times measured on this machine: another one may choose otherwise")
@@ -166,7 +191,13 @@ class AutoBits(QuantPass):
         if not modules:
             return {}
         return input_maxima(
-            model, context.calibration(), modules, threads=context.threads, progress=_share(context, 0, 20)
+            model,
+            context.calibration(),
+            modules,
+            threads=context.threads,
+            directory=context.work or Path(),
+            in_memory=context.activation_bytes,
+            progress=_share(context, 0, 20),
         )
 
     def _quantized(self, model: Model, context: PassContext, chosen: Mapping[Part, Scheme | None]) -> Model:
@@ -193,13 +224,29 @@ class AutoBits(QuantPass):
         fixed = {name for name in model.linears() if any(each.matches(name) for each in self.overrides)}
         return parts_of(model, schemes, fixed, by_linear=self.group == "linear")
 
-    def _search(self, model: Model, parts: list[Part], *, threads: int | None = None) -> SchemeSearch:
+    def _search(
+        self, model: Model, parts: list[Part], *, threads: int | None = None, times: Times = MappingProxyType({})
+    ) -> SchemeSearch:
         quantizer = self._quantizer(self._first)
         assigned = quantizer.assign(model)
-        costs = Costs(self.budget, model, assigned.get(model.arch.head), threads=threads)
+        costs = Costs(self.budget, model, assigned.get(model.arch.head), threads=threads, times=times)
         searched = {module for part in parts for module in part.modules}
         fixed = {module: assigned.get(module) for module in model.linears()[:-1] if module not in searched}
         return SchemeSearch(self.budget, costs, parts, fixed)
+
+
+def _measured_times(work: Path | None) -> Times:
+    """What a build that was killed had measured: with other times, layers that it finished might get other schemes."""
+    if work is None or not (work / _TIMES).is_dir():
+        return {}
+    times: Times = json.loads((work / _TIMES / "times.json").read_text(encoding="utf-8"))
+    return times
+
+
+def _keep_times(work: Path | None, times: Times) -> None:
+    if work is not None and not (work / _TIMES).is_dir():
+        with publish(work / _TIMES) as partial:
+            (partial / "times.json").write_text(json.dumps(times), encoding="utf-8")
 
 
 def _share(context: PassContext, first: int, last: int) -> Callable[[int, int], None]:

@@ -20,6 +20,7 @@ __all__ = [
     "block_weight",
     "matmul_nbits",
     "pack_bits",
+    "packed_as",
 ]
 
 Executor: TypeAlias = Literal["cpu", "cuda"]
@@ -74,6 +75,18 @@ def block_size(group: int, bits: int, executor: Executor = "cpu") -> int | None:
     largest = block_kernels(executor).largest.get(bits, 0)
     fitting = (block for block in (128, 64, 32, 16) if _MIN_BLOCK[bits] <= block <= largest)
     return next((block for block in fitting if group % block == 0), None)
+
+
+def packed_as(bits: int, group: int, executor: Executor = "cpu") -> tuple[int, int | None]:
+    """Bits and block of the kernel for integers of ``bits`` bits with a scale for each ``group`` columns.
+
+    Three bits take 4, which is the next width that has a kernel, and so do 2 bits in groups that no block of it
+    divides. The block is None where none divides the group.
+    """
+    if bits == 2 and block_size(group, 2, executor) is not None:
+        return 2, block_size(group, 2, executor)
+    width = 8 if bits == 8 else 4
+    return width, block_size(group, width, executor)
 
 
 def pack_bits(values: np.ndarray, bits: int) -> np.ndarray:

@@ -124,6 +124,12 @@ def test_a_killed_measurement_goes_on_at_its_layer(model, tmp_path: Path, monkey
     assert measured == [8, 8, 0, 0, 8]
 
 
+def test_builds_that_measure_a_layer_at_the_same_time_keep_both_results(tmp_path: Path) -> None:
+    for found in ({"W4A16": 0.5}, {"W8A16": 0.25}):
+        sensitivity._keep(tmp_path, 3, found)
+    assert sensitivity._kept(tmp_path, 3) == {"W4A16": 0.5, "W8A16": 0.25}
+
+
 def test_another_scheme_is_measured_beside_those_that_are_known(model, tmp_path: Path) -> None:
     sensitivities(model, parts_of(model, (W4,)), TEXT, directory=tmp_path)
     both = sensitivities(model, parts_of(model), TEXT, directory=tmp_path)

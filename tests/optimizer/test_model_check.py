@@ -61,6 +61,42 @@ def test_the_first_pass_and_the_exporter_are_asked(
         check_model(recipe_of(tiny_llama, **options), model)
 
 
+SEARCH = {"candidates": ["W4A16", {"scheme": "W4A16", "group_size": 16}], "method": "gptq"}
+
+
+@pytest.mark.parametrize(
+    ("later", "said"),
+    [
+        ({"round_to_nearest": {"scheme": "W4A16", "group_size": 48}}, "not a multiple of group_size=48"),
+        ({"gptq": {"scheme": "W8A8", "overrides": [{"match": "head", "scheme": "none"}]}}, "matches no linear"),
+        ({"awq": {"scheme": "W8A8", "experts": "W8A16"}}, "has no mixtures of experts"),
+        ({"rotate": {"online": {"down_proj": 48}}}, r"not a multiple of online\.down_proj=48"),
+        ({"auto_bits": {**SEARCH, "budget": {"bits": 9}}}, "group_size=128"),
+        ({"auto_bits": {**SEARCH, "budget": {"bits": 3}, "candidates": ["W8A16", "W8A8"]}}, "bits cannot be reached"),
+        (
+            {"auto_bits": {**SEARCH, "budget": {"milliseconds": 3}, "candidates": ["W8A16", "FP8_DYNAMIC"]}},
+            "FP8_DYNAMIC has no kernel on a CPU whose time",
+        ),
+    ],
+)
+def test_passes_behind_the_first_are_asked_too(tiny_llama: Path, tmp_path: Path, later: dict, said: str) -> None:
+    settings = {"version": 1, "model": str(tiny_llama), "passes": ["rescale", later], "export": [{"onnx": {}}]}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(settings))
+    model = unread(load_model(str(tiny_llama), cache=tmp_path))
+    with pytest.raises(PassError, match=said):
+        check_model(Recipe.load(tmp_path / "recipe.yaml"), model)
+
+
+def test_a_pass_is_not_refused_for_what_the_one_before_it_changes(llama_of, tmp_path: Path) -> None:
+    source = llama_of(tie_word_embeddings=True)
+    passes = ["rotate", {"round_to_nearest": {"scheme": "W8A8", "embedding": "W8A16"}}]
+    settings = {"version": 1, "model": str(source), "passes": passes, "export": [{"onnx": {"capacity": 64}}]}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(settings))
+    model = unread(load_model(str(source), cache=tmp_path))
+    assert model.is_tied
+    check_model(Recipe.load(tmp_path / "recipe.yaml"), model)
+
+
 def test_experts_get_no_scheme_that_no_kernel_runs(recipe_of, family_of: Callable[[str], Path], tmp_path: Path) -> None:
     source = family_of("mixtral")
     overrides = [{"match": "re:.*experts.*", "scheme": "W8A8"}]

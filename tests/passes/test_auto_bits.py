@@ -1,5 +1,6 @@
 """The choice of schemes by sensitivity: what it spends, what it loses, what it records, and what it refuses."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,30 @@ def test_milliseconds_are_measured_once_for_each_shape(model, recorded, monkeypa
     assert len(measured) == len(set(measured)) == 2 * 4
     assert recorded[1]["milliseconds"]["128x64"] == pytest.approx({"W4A16 g32": 0.032768, "W8A16": 0.065536})
     assert any("another one may choose otherwise" in note for note in recorded[2])
+
+
+def test_a_killed_build_goes_on_with_the_times_it_measured(model, recorded, tmp_path: Path, monkeypatch) -> None:
+    factor = {"W4A16 g32": 1, "W8A16": 2}
+    monkeypatch.setattr(_budget, "linear_milliseconds", lambda _, scheme, *, threads: factor[scheme.name])
+    options = {"candidates": [{"scheme": "W4A16", "group_size": 32}, "W8A16"], "budget": {"milliseconds": 31}}
+    context = replace(recorded[0], work=tmp_path)
+    expected = schemes_of(AutoBits(**options, method=METHOD).run(model, recorded[0]))
+    monkeypatch.setattr(sensitivity, "Reference", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        AutoBits(**options, method=METHOD).run(model, context)
+    monkeypatch.undo()
+    monkeypatch.setattr(_budget, "linear_milliseconds", lambda *_, **__: pytest.fail("measured again"))
+    assert schemes_of(AutoBits(**options, method=METHOD).run(model, context)) == expected
+    assert set(expected.values()) == {"W4A16 g32", "W8A16"}
+
+
+def interrupted(*_, **__):
+    raise KeyboardInterrupt
+
+
+def test_a_result_depends_on_the_file_that_defines_the_method() -> None:
+    (file,) = AutoBits(budget={"bits": 5}, candidates=CANDIDATES, method="gptq").files
+    assert file.name == "gptq.py"
 
 
 def test_the_method_quantizes_with_its_own_options(model, recorded) -> None:

@@ -5,9 +5,14 @@ import pytest
 
 from llmopt.optimizer.errors import PassError
 from llmopt.optimizer.scheme import PRESETS
-from llmopt.passes._linear_times import _graph, linear_milliseconds
+from llmopt.passes._linear_times import _graph, linear_milliseconds, refuse_untimed
 
-SCHEMES = [None, PRESETS["W8A8"], PRESETS["W8A16"], PRESETS["W4A16"].with_group_size(32), PRESETS["W4A16_ASYM"]]
+SCHEMES = [
+    None,
+    PRESETS["W8A8"],
+    *(PRESETS[name].with_group_size(32) for name in ("W8A16", "W4A16", "W4A16_ASYM", "W3A16", "W2A16")),
+    PRESETS["W2A16"].with_group_size(16),
+]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
@@ -23,7 +28,8 @@ def test_each_product_has_weights_of_its_own(scheme) -> None:
     assert not (outputs[0] == outputs[1]).all()
 
 
-@pytest.mark.parametrize("scheme", ["FP8", "W3A16"])
-def test_a_scheme_without_a_kernel_is_refused(scheme) -> None:
-    with pytest.raises(PassError, match="has no kernel here"):
-        linear_milliseconds((64, 128), PRESETS[scheme])
+def test_a_scheme_without_a_kernel_is_refused() -> None:
+    with pytest.raises(PassError, match="FP8 has no kernel on a CPU whose time could be measured"):
+        refuse_untimed(PRESETS["FP8"])
+    for scheme in SCHEMES:
+        refuse_untimed(scheme)
