@@ -15,6 +15,7 @@ from llmopt.calibration.reference import Reference
 from llmopt.optimizer.decoder import Experts, Layer
 from llmopt.optimizer.errors import VerificationError
 from llmopt.optimizer.model import Model
+from llmopt.optimizer.weight_rounding import refuse_damaged
 
 __all__ = ["LIMIT", "relative_difference", "verify_same_function"]
 
@@ -41,6 +42,7 @@ def verify_same_function(
         token's logits, as a share of their spread.
 
     Raises:
+        PassError: A weight of ``before`` has values that are not finite.
         VerificationError: A difference is above ``LIMIT``, or not a number.
     """
     layers = before.decoder.layers
@@ -54,6 +56,8 @@ def verify_same_function(
     for part, *hidden in zip(names, *entering_head, strict=True):
         expected, computed = (reference.head(each) for reference, each in zip(references, hidden, strict=True))
         difference = relative_difference(computed, expected)
+        if math.isnan(difference):
+            refuse_damaged(before)
         if not difference <= LIMIT:
             raise VerificationError(
                 f"{name} changes what the model computes: {part}: logits differ by {difference:.2g} of their spread, "

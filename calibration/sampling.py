@@ -22,6 +22,7 @@ from llmopt.optimizer.cache import cache_root, digest_of, locked, publish
 from llmopt.optimizer.errors import InputError
 from llmopt.optimizer.model import DenseWeight, Model, Weight
 from llmopt.optimizer.tokens import SAMPLED, Tokens
+from llmopt.optimizer.weight_rounding import refuse_damaged
 from llmopt.optimizer.weight_store import WeightStore, save_tensors
 
 __all__ = ["Purpose", "Sampling", "sample_tokens", "sampling_key"]
@@ -89,7 +90,8 @@ def sample_tokens(
         progress: Called with (finished, total) decoding steps.
 
     Raises:
-        InputError: The windows are longer than the model's context.
+        InputError: The windows are longer than the model's context, or its logits are not numbers.
+        PassError: They are not, because a weight has values that are not finite.
     """
     longest = model.config.get("max_position_embeddings")
     if longest is not None and wanted.tokens > longest:
@@ -124,6 +126,12 @@ def _write(model: Model, wanted: Sampling, *, threads: int | None, progress: Cal
         columns, cache = [ids], DynamicCache()
         for step in range(1, length):
             logits = reference.decode(ids[:, None], cache)
+            if logits.isnan().any():
+                refuse_damaged(model)
+                raise InputError(
+                    f"{model.source.spec} writes no text: its logits are not numbers",
+                    hint="its weights are finite, so what it computes overflows; try a checkpoint in another dtype",
+                )
             sharpened = logits.float() if wanted.temperature == 1 else logits.float() / wanted.temperature
             drawn = _draw(sharpened, generator)
             if first is not None:

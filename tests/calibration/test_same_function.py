@@ -5,7 +5,7 @@ import torch
 
 from llmopt.calibration.reference import Reference
 from llmopt.calibration.same_function import LIMIT, relative_difference, verify_same_function
-from llmopt.optimizer.errors import VerificationError
+from llmopt.optimizer.errors import PassError, VerificationError
 from llmopt.optimizer.model import DenseWeight
 
 
@@ -58,6 +58,16 @@ def test_numbers_that_are_none_are_refused(pair_of):
     broken = model.with_weights({name: DenseWeight.of(torch.full(model.weights[name].shape, float("nan")))})
     with pytest.raises(VerificationError, match=r"model\.layers\.0: logits differ by nan"):
         verify(model, broken)
+
+
+def test_a_weight_that_was_damaged_before_the_pass_is_named(pair_of):
+    model, _ = pair_of()
+    name = "model.layers.0.self_attn.o_proj.weight"
+    damaged = model.weights[name].dense().clone()
+    damaged[3, 5] = float("nan")
+    broken = model.with_weights({name: DenseWeight.of(damaged)})
+    with pytest.raises(PassError, match=f"{name} has values that are not finite"):
+        verify(broken, broken)
 
 
 def test_quick_takes_three_layers_and_one_of_each_kind_and_full_all(pair_of):

@@ -8,7 +8,7 @@ import torch
 from llmopt.calibration import sampling
 from llmopt.calibration.reference import Reference
 from llmopt.calibration.sampling import Sampling, sample_tokens
-from llmopt.optimizer.errors import InputError
+from llmopt.optimizer.errors import InputError, PassError
 from llmopt.optimizer.model import DenseWeight
 
 WANTED = Sampling("evaluation", windows=5, tokens=12)
@@ -158,6 +158,20 @@ def test_a_large_gguf_file_is_unpacked_once_and_nothing_of_it_is_left(model, mon
     assert sorted(reads) == sorted(weights)
     (directory,) = (path for path in (tmp_path / "another/samples").iterdir() if path.is_dir())
     assert [path.name for path in directory.iterdir()] == ["ids.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "said"),
+    [
+        (float("nan"), PassError, "down_proj.weight has values that are not finite"),
+        (3e38, InputError, "writes no text: its logits are not numbers"),
+    ],
+)
+def test_a_model_that_computes_no_numbers_is_refused(model, value, error, said):
+    name = "model.layers.1.mlp.down_proj.weight"
+    broken = model.with_weights({name: DenseWeight.of(torch.full(model.weights[name].shape, value))})
+    with pytest.raises(error, match=said):
+        sample_tokens(broken, WANTED)
 
 
 def test_windows_longer_than_the_context_are_refused(model):
