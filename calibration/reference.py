@@ -424,6 +424,6 @@ def _quantize_inputs(linear: nn.Module, weight: QuantWeight) -> RemovableHandle:
     quantize_activations(torch.zeros(1, weight.shape[1]), spec, scale)  # what has no definition is refused now
 
     def rounded(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (quantize_activations(inputs[0], spec, scale).to(inputs[0].dtype), *inputs[1:])
+        return (quantize_activations(inputs[0].float(), spec, scale).to(inputs[0].dtype), *inputs[1:])
 
     return linear.register_forward_pre_hook(rounded)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from llmopt.calibration.activations import quantize_per_token
 from llmopt.calibration.reference import Reference
 from llmopt.optimizer.errors import InputError, UnsupportedError
 from llmopt.optimizer.model import DenseWeight, QuantTensors, QuantWeight
@@ -274,6 +275,19 @@ def test_inputs_are_rounded_in_bfloat16_too(scheme, pair_of):
     assert found.dtype == torch.bfloat16
     # What bfloat16 loses without any quantization; inputs beside a border of two steps add to it.
     assert (found - exact).norm() < 1.5 * (in_bfloat16 - plain).norm()
+
+
+def test_inputs_in_bfloat16_get_the_integers_that_their_values_have_in_float32(pair_of):
+    model, _ = pair_of()
+    name = "model.layers.2.mlp.down_proj.weight"
+    rounded, _ = round_weight(name, model.weights[name], PRESETS["W8A8"])
+    reference = Reference(model.with_weights({name: rounded}), dtype=torch.bfloat16, resident=True)
+    down, entered, seen = reference.module(name.removesuffix(".weight")), [], []
+    down.register_forward_pre_hook(lambda _, x: entered.append(x[0].clone()), prepend=True)
+    down.register_forward_pre_hook(lambda _, x: seen.append(x[0].clone()))
+    reference.logits(IDS)
+    expected = torch.cat([quantize_per_token(x.float()).to(torch.bfloat16) for x in entered])
+    assert torch.equal(torch.cat(seen), expected)
 
 
 def test_experts_with_quantized_inputs_are_refused(loaded):
