@@ -38,7 +38,6 @@ class Moments:
         self._matrix = torch.zeros(columns, columns, dtype=torch.float64)
         self.cross = torch.zeros(columns, columns, dtype=torch.float64) if paired else None
         self.largest = torch.zeros(columns)
-        self.tokens = 0
         self._power = _POWER[weighting]
 
     def add(self, rows: Tensor, exact: Tensor | None = None) -> None:
@@ -48,7 +47,6 @@ class Moments:
             rows: float32 ``[tokens, in]``, multiplied in float32 and summed in float64.
             exact: The float model's rows, where this is paired.
         """
-        self.tokens += len(rows)
         if len(rows):
             self.largest = torch.maximum(self.largest, rows.abs().amax(dim=0))
         # A root mean square instead of a norm keeps H in the range of float32 whatever the width.

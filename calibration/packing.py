@@ -1,16 +1,13 @@
 """Documents packed into windows of equal length, which is how passes take them."""
 
 from collections.abc import Iterable
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from llmopt.optimizer.errors import InputError
 
-__all__ = ["Packing", "concatenated", "padded"]
-
-Packing = Literal["concat", "pad"]
+__all__ = ["concatenated", "padded"]
 
 
 def concatenated(

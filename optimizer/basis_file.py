@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from llmopt.optimizer.basis import Basis, Scaled, Shifted, Turned
 from llmopt.optimizer.rotation import Rotation
+from llmopt.optimizer.weight_store import save_tensors
 
 __all__ = ["read_bases", "save_bases"]
 
@@ -26,7 +26,7 @@ def save_bases(bases: Mapping[str, Basis], path: Path) -> None:
         for module, basis in bases.items()
     }
     description = {"bases": entries, "rotations": writer.rotations}
-    save_file(writer.tensors, path, {"description": json.dumps(description)})
+    save_tensors(writer.tensors, path, {"description": json.dumps(description)})
 
 
 def read_bases(path: Path) -> dict[str, Basis]:

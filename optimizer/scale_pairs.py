@@ -18,7 +18,7 @@ from llmopt.optimizer.decoder import Experts, Layer, Mlp, Norm
 from llmopt.optimizer.errors import PassError
 from llmopt.optimizer.model import DenseWeight, Model, Weight
 
-__all__ = ["ScalePair", "head_pairs", "layer_pairs", "scale_pairs", "scaled", "scaled_bases"]
+__all__ = ["ScalePair", "head_pairs", "layer_pairs", "scaled", "scaled_bases"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,11 +54,6 @@ class ScalePair:
         """What belongs to a consumer's columns, ``[..., in]``, sorted by channel: ``[..., sharing, channels]``."""
         by_head = columns.reshape(*columns.shape[:-1], -1, self.sharing, self.head_dim)
         return by_head.transpose(-3, -2).flatten(-2)
-
-
-def scale_pairs(model: Model) -> list[ScalePair]:
-    """All pairs in data order."""
-    return [*(pair for index in range(model.num_layers) for pair in layer_pairs(model, index)), *head_pairs(model)]
 
 
 def layer_pairs(model: Model, index: int) -> list[ScalePair]:

@@ -61,14 +61,14 @@ def read_weights(directory: Path) -> dict[str, Weight]:
     return {name: _weight(name, entry, files[entry["file"]]) for name, entry in index.items()}
 
 
-def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Safetensors' ``save_file``, whose own exception hides the number of the system's error.
 
     Raises:
         OSError: The disk is full, or another error of the system.
     """
     try:
-        save_file(tensors, path)
+        save_file(tensors, path, metadata)
     except SafetensorError as error:
         found = re.search(r"os error (\d+)", str(error))
         if found is None:

@@ -7,10 +7,16 @@ import torch
 
 from llmopt.calibration.reference import Reference
 from llmopt.optimizer.errors import PassError
-from llmopt.optimizer.model import DenseWeight, QuantTensors, QuantWeight
-from llmopt.optimizer.scale_pairs import layer_pairs, scale_pairs, scaled
+from llmopt.optimizer.model import DenseWeight, Model, QuantTensors, QuantWeight
+from llmopt.optimizer.scale_pairs import ScalePair, head_pairs, layer_pairs, scaled
 from llmopt.optimizer.scheme import PRESETS
 from llmopt.optimizer.sources import load_model
+
+
+def scale_pairs(model: Model) -> list[ScalePair]:
+    """All pairs in data order."""
+    return [*(pair for index in range(model.num_layers) for pair in layer_pairs(model, index)), *head_pairs(model)]
+
 
 # Kinds of pairs in the first layer: norms whose output only linears read, values, and ups that scales pass through.
 EXPECTED = {
