@@ -6,7 +6,7 @@ a build that was killed continues at the layer it was in.
 
 import json
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,11 @@ LinearFacts = dict[str, Any]
 
 _FACTS = "facts.json"
 
+_MOMENTS_BYTES = 2 << 30
+"""Of the second moments of experts that are shown at once: those of a whole layer of Mixtral take 14 GB."""
+
+_Readers = tuple[str, ...]
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -43,12 +48,15 @@ class Plan:
             own; else all linears of a layer are one stage.
         twin: Whether stages are also shown what enters in the float model. Experts get other tokens there, so those of
             a layer are then a stage of their own, which is not shown it.
+        divisible: Whether a quantizer looks at what enters each linear by itself. Experts are then a stage of their own
+            too, and shown a few at a time, as many as ``_MOMENTS_BYTES`` allow.
     """
 
     modules: Collection[str]
     follow: bool = True
     true_sequential: bool = True
     twin: bool = False
+    divisible: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,14 +214,17 @@ def _new_layer(
 ) -> tuple[dict[str, Weight], dict[str, LinearFacts]]:
     weights: dict[str, Weight] = {}
     facts: dict[str, LinearFacts] = {}
-    for stage in _stages(layer, plan, runs):
-        made, found = quantize(stage)
-        weights |= made
-        facts |= found
-        for readers in stage.readers:
-            for module in readers:
-                facts[module] = {**facts.get(module, {}), "tokens": stage.tokens[readers[0]]}
-        runs.take(made)
+    for parts in _stages(layer, plan, runs):
+        stage_weights: dict[str, Weight] = {}
+        for part in parts:
+            made, found = quantize(part)
+            stage_weights |= made
+            facts |= found
+            for readers in part.readers:
+                for module in readers:
+                    facts[module] = {**facts.get(module, {}), "tokens": part.tokens[readers[0]]}
+        weights |= stage_weights
+        runs.take(stage_weights)
     if work is None:
         return weights, facts
     with publish(work / f"layer-{index:05d}") as partial:
@@ -236,22 +247,41 @@ def _read(directory: Path) -> tuple[dict[str, Weight], dict[str, LinearFacts]]:
     return read_weights(directory), json.loads((directory / _FACTS).read_text(encoding="utf-8"))
 
 
-def _stages(layer: Layer, plan: Plan, runs: _Runs) -> Iterator[Stage]:
+def _stages(layer: Layer, plan: Plan, runs: _Runs) -> Iterator[list[Stage]]:
+    """The layer's stages, each in the parts that are shown to a quantizer one after the other."""
+    model = runs.working.reference.model
     stages = [
         tuple(readers for each in stage if (readers := tuple(name for name in each if name in plan.modules)))
         for stage in layer.stages
     ]
     if not plan.true_sequential:
         everything = [readers for stage in stages for readers in stage]
-        if plan.twin:
-            experts = runs.working.reference.model.decoder.expert_linears
-            is_expert = [not experts.isdisjoint(readers) for readers in everything]
-            stages = [
-                tuple(readers for readers, found in zip(everything, is_expert, strict=True) if found is wanted)
-                for wanted in (False, True)
-            ]
-        else:
-            stages = [tuple(everything)]
-    stages = [stage for stage in stages if stage]
-    for stage in stages:
-        yield Stage(stage, runs.working, runs.exact, is_last=stage is stages[-1])
+        stages = _without_experts(everything, model) if plan.twin or plan.divisible else [tuple(everything)]
+    parts = [_parts(stage, model) if plan.divisible else [stage] for stage in stages if stage]
+    for stage in parts:
+        yield [
+            Stage(part, runs.working, runs.exact, is_last=stage is parts[-1] and part is stage[-1]) for part in stage
+        ]
+
+
+def _without_experts(everything: Sequence[_Readers], model: Model) -> list[tuple[_Readers, ...]]:
+    """Two stages: what is no expert, and experts."""
+    experts = model.decoder.expert_linears
+    others = tuple(readers for readers in everything if experts.isdisjoint(readers))
+    return [others, tuple(readers for readers in everything if readers not in others)]
+
+
+def _parts(stage: tuple[_Readers, ...], model: Model) -> list[tuple[_Readers, ...]]:
+    """Experts in parts whose second moments take ``_MOMENTS_BYTES`` at most; what is no expert in one."""
+    if model.decoder.expert_linears.isdisjoint(stage[0]):
+        return [stage]
+    parts: list[list[_Readers]] = []
+    taken = 0
+    for readers in stage:
+        size = 8 * model.weights[model.weight_of(readers[0])].shape[1] ** 2
+        if not parts or taken + size > _MOMENTS_BYTES:
+            parts.append([])
+            taken = 0
+        parts[-1].append(readers)
+        taken += size
+    return [tuple(part) for part in parts]

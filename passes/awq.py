@@ -81,8 +81,9 @@ class _Layers:
         moments: dict[str, Tensor] = {}
         largest: dict[str, Tensor] = {}
         for readers in stage.readers:
-            moments |= dict.fromkeys(readers, by_reader[readers[0]].matrix.to(torch.float32))
-            largest |= dict.fromkeys(readers, by_reader[readers[0]].largest)
+            found = by_reader.pop(readers[0])
+            moments |= dict.fromkeys(readers, found.matrix.to(torch.float32))
+            largest |= dict.fromkeys(readers, found.largest)
         weights: dict[str, Weight] = {}
         facts: dict[str, LinearFacts] = {}
         model = self._model
@@ -95,9 +96,11 @@ class _Layers:
                 weights |= scaled(model, pair, scale)
                 model = model.with_weights(weights)
                 columns = pair.columns(scale)
-                for module in moments.keys() & set(pair.consumers):
-                    moments[module] = moments[module] / columns / columns[:, None]
-                    largest[module] = largest[module] / columns
+                for readers in stage.readers:
+                    if moved := [module for module in readers if module in pair.consumers]:
+                        matrix = moments[moved[0]] / columns / columns[:, None]
+                        moments |= dict.fromkeys(moved, matrix)
+                        largest |= dict.fromkeys(moved, largest[moved[0]] / columns)
         for module, matrix in moments.items():
             if self._options.rounds:
                 name = model.weight_of(module)

@@ -64,6 +64,7 @@ class Gptq(CalibratedQuantPass):
             follow=self.inputs == "quantized",
             true_sequential=self.true_sequential,
             twin=self.inputs == "quantized" and self.error_propagation > 0,
+            divisible=True,
         )
         linears = _Linears(self, model, assigned)
         weights, facts = quantize_layers(model, plan, context, linears.quantize)

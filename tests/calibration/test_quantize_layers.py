@@ -174,6 +174,25 @@ def test_where_a_layer_is_one_stage_experts_are_another_if_others_see_the_float_
     assert_same(quantize.exact, inputs(model, quantize.exact))
 
 
+def test_experts_are_shown_a_few_at_a_time_where_their_moments_are_large(
+    family_of, context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(str(family_of("mixtral")), cache=tmp_path)
+    plan = Plan(modules=model.linears()[:-1], true_sequential=False, divisible=True)
+    whole, divided = Halving(model), Halving(model)
+    quantize_layers(model, plan, replace(context, work=None), whole)
+    mlp = model.decoder.layers[0].mlp
+    widths = [model.weights[f"{linear}.weight"].shape[1] for linear in (mlp.experts[0][0], mlp.experts[0][2])]
+    monkeypatch.setattr("llmopt.calibration.quantize_layers._MOMENTS_BYTES", 8 * 2 * widths[0] ** 2)
+    quantize_layers(model, plan, replace(context, work=None), divided)
+    assert len(whole.stages) == 2 * model.num_layers
+    assert divided.stages[1:3] == [tuple(e[:2] for e in mlp.experts[n : n + 2]) for n in (0, 2)]
+    # Parts see the same rows: weights are taken over behind the last of them.
+    assert divided.seen.keys() == whole.seen.keys()
+    for module, rows in divided.seen.items():
+        assert torch.equal(rows, whole.seen[module])
+
+
 def test_experts_are_stages_of_their_own_rows(family_of, context, tmp_path: Path) -> None:
     model = load_model(str(family_of("mixtral")), cache=tmp_path)
     quantize, details = Halving(model), {}
