@@ -83,8 +83,8 @@ def packed_as(bits: int, group: int, executor: Executor = "cpu") -> tuple[int, i
     Three bits take 4, which is the next width that has a kernel, and so do 2 bits in groups that no block of it
     divides. The block is None where none divides the group.
     """
-    if bits == 2 and block_size(group, 2, executor) is not None:
-        return 2, block_size(group, 2, executor)
+    if bits == 2 and (block := block_size(group, 2, executor)) is not None:
+        return 2, block
     width = 8 if bits == 8 else 4
     return width, block_size(group, width, executor)
 
@@ -107,7 +107,7 @@ def block_weight(
 ) -> BlockWeight | str:
     """Repack the inputs of a DequantizeLinear; or why it has no such form.
 
-    Integers of 3 bits take 4, which is the next width that has a kernel, and so do those of 2 bits in groups of 16.
+    Integers are packed as ``packed_as`` says.
 
     One scale that covers several blocks is repeated, so nothing is rounded again.
 
@@ -125,11 +125,9 @@ def block_weight(
     if not _is_per_output(node, len(scales.shape), transposed=transposed):
         return "the scales are not one per output, nor one per group of an output's inputs"
     group = attribute(node, "block_size", 0) or k
-    bits = _BITS[values.dtype]
-    if bits_of(values) == 2 >= fewest_bits and block_size(group, 2, executor) is not None:
-        bits = 2
+    bits, block = packed_as(2 if bits_of(values) == 2 >= fewest_bits else _BITS[values.dtype], group, executor)
     # A channel's scale may cover a last block that is padded; a group's may not.
-    block = block_size(group, bits, executor) or (None if group != k else 16)
+    block = block or (None if group != k else 16)
     if block is None:
         return f"no kernel's block divides a group of {group} columns"
     zeros = node.inputs[2].const_value if len(node.inputs) > 2 and node.inputs[2] is not None else None
