@@ -1,20 +1,21 @@
 """Calibration text on its way through a decoder: one layer's weights in memory, and what enters it for every token."""
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from tempfile import NamedTemporaryFile
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from llmopt.calibration.observe import Observer, observing
 from llmopt.calibration.reference import Reference, fast_dtype
-from llmopt.optimizer.contracts import ACTIVATION_BYTES
+from llmopt.optimizer.contracts import ACTIVATION_BYTES, PassContext
 from llmopt.optimizer.model import Model, Weight
 from llmopt.optimizer.tokens import Tokens
 
-__all__ = ["Layerwise", "observe_both", "room"]
+__all__ = ["Layerwise", "observe_both", "through_layers"]
 
 _BATCH_TOKENS = 2048
 
@@ -51,9 +52,20 @@ class Layerwise:
         self._through: set[int] = set()
         self._mask = None if tokens.lengths is None else tokens.mask
         shape = (*tokens.ids.shape, model.decoder.hidden_size)
-        self._hidden = room(shape, self.reference.dtype, directory, in_memory=in_memory)
+        self._hidden = _room(shape, self.reference.dtype, directory, in_memory=in_memory)
         for batch in self._batches:
             self._hidden[batch] = self.reference.embed(tokens.ids[batch])
+
+    @classmethod
+    def of(cls, model: Model, context: PassContext) -> Self:
+        """In front of a pass's model, its calibration text."""
+        return cls(
+            model,
+            context.calibration(),
+            threads=context.threads,
+            directory=context.work or Path(),
+            in_memory=context.activation_bytes,
+        )
 
     @property
     def batches(self) -> int:
@@ -135,7 +147,44 @@ def observe_both(
         working.observe_batch(number, modules, show)
 
 
-def room(shape: tuple[int, ...], dtype: torch.dtype, directory: Path, *, in_memory: int) -> Tensor:
+def through_layers(
+    reference: Reference,
+    context: PassContext,
+    *,
+    watching: Callable[[Tensor], AbstractContextManager[None]],
+    progress: Callable[[int, int], None],
+) -> list[tuple[Tensor, Tensor]]:
+    """Take a pass's calibration text through all layers, one in memory at a time.
+
+    Args:
+        reference: The model.
+        context: Of the pass.
+        watching: Called with the mask of a batch, bool ``[n, t]``, and entered while it goes through a layer.
+        progress: Called with (finished, total) layers.
+
+    Returns:
+        For each batch what leaves the last layer, ``[n, t, d]`` in the reference's dtype, and its mask.
+    """
+    tokens, decoder = context.calibration(), reference.model.decoder
+    step = max(1, _BATCH_TOKENS // tokens.ids.shape[1])
+    hidden = _room(
+        (*tokens.ids.shape, decoder.hidden_size),
+        reference.dtype,
+        context.work or Path(),
+        in_memory=context.activation_bytes,
+    )
+    batches = list(zip(torch.split(hidden, step), torch.split(tokens.mask, step), strict=True))
+    for (batch, _), ids in zip(batches, torch.split(tokens.ids, step), strict=True):
+        batch.copy_(reference.embed(ids))
+    for index in range(len(decoder.layers)):
+        for batch, mask in batches:
+            with watching(mask):
+                batch.copy_(reference.layer(index, batch))
+        progress(index + 1, len(decoder.layers))
+    return batches
+
+
+def _room(shape: tuple[int, ...], dtype: torch.dtype, directory: Path, *, in_memory: int) -> Tensor:
     """A tensor of any values: up to ``in_memory`` bytes in memory, else mapped from a file that disappears with it."""
     size = torch.Size(shape).numel()
     if size * dtype.itemsize <= in_memory:

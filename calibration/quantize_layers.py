@@ -182,19 +182,9 @@ class _Runs:
     """The text in front of a layer: in the model as it is being made, and where wanted in the float model."""
 
     def __init__(self, model: Model, plan: Plan, context: PassContext) -> None:
-        tokens = context.calibration()
         self._follow = plan.follow
-        self.working, *twin = (
-            Layerwise(
-                model,
-                tokens,
-                threads=context.threads,
-                directory=context.work or Path(),
-                in_memory=context.activation_bytes,
-            )
-            for _ in range(2 if plan.twin else 1)
-        )
-        self.exact = twin[0] if twin else None
+        self.working = Layerwise.of(model, context)
+        self.exact = Layerwise.of(model, context) if plan.twin else None
 
     def take(self, weights: dict[str, Weight]) -> None:
         """Have later stages see quantized weights."""
@@ -267,8 +257,9 @@ def _stages(layer: Layer, plan: Plan, runs: _Runs) -> Iterator[list[Stage]]:
 def _without_experts(everything: Sequence[_Readers], model: Model) -> list[tuple[_Readers, ...]]:
     """Two stages: what is no expert, and experts."""
     experts = model.decoder.expert_linears
-    others = tuple(readers for readers in everything if experts.isdisjoint(readers))
-    return [others, tuple(readers for readers in everything if readers not in others)]
+    return [
+        tuple(readers for readers in everything if experts.isdisjoint(readers) is outside) for outside in (True, False)
+    ]
 
 
 def _parts(stage: tuple[_Readers, ...], model: Model) -> list[tuple[_Readers, ...]]:

@@ -1,5 +1,6 @@
 """What a pass, a graph pass and an exporter are, and what they are handed."""
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -100,6 +101,12 @@ class _Options(BaseModel, ABC):
     """The fields are the recipe's options; there is no other state."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @property
+    def defined_in(self) -> Path | None:
+        """The file with its class, which may be another distribution's; None where there is none."""
+        file = getattr(sys.modules.get(type(self).__module__), "__file__", None)
+        return Path(file) if file else None
 
 
 class WeightPass(_Options):

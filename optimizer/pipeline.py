@@ -3,7 +3,6 @@
 import os
 import platform
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -239,9 +238,9 @@ def _identity(step: NamedPass, cache: Path) -> Sequence[object]:
 
     These are known by what is in them: a recipe and its adapters may move.
     """
-    file = getattr(sys.modules.get(type(step.instance).__module__), "__file__", None)
+    file = step.instance.defined_in
     files = file_digests({str(number): path for number, path in enumerate(step.instance.files)}, cache)
-    return [step.name, step.instance.model_dump(mode="json"), sha256_of(Path(file)) if file else "", files]
+    return [step.name, step.instance.model_dump(mode="json"), sha256_of(file) if file else "", files]
 
 
 def _surroundings() -> Sequence[str | int]:

@@ -4,17 +4,18 @@ from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
 from pydantic import Field
+from torch import Tensor
 
 from llmopt.calibration.clipping import Clipping
 from llmopt.calibration.hessian import TokenWeighting
 from llmopt.calibration.quantize_layers import LinearFacts
 from llmopt.optimizer.assignment import SchemeQuantPass
 from llmopt.optimizer.contracts import PassContext
-from llmopt.optimizer.model import Model, Weight
+from llmopt.optimizer.model import Model, QuantWeight, Weight
 from llmopt.optimizer.scheme import Scheme
 from llmopt.optimizer.weight_rounding import round_weight
 
-__all__ = ["CalibratedQuantPass", "layer_modules", "record_facts", "rounded_tables"]
+__all__ = ["CalibratedQuantPass", "layer_modules", "record_facts", "rounded_tables", "unreached"]
 
 
 class CalibratedQuantPass(SchemeQuantPass):
@@ -54,6 +55,20 @@ def rounded_tables(
             weights |= context.keep({name: rounded})
             facts[module] = {"errors": error}
     return weights, facts
+
+
+def unreached(model: Model, module: str, scheme: Scheme, largest: Tensor) -> tuple[QuantWeight, LinearFacts]:
+    """A linear that no token activates, rounded to nearest; ``quantize_layers`` tells it.
+
+    Args:
+        model: With its weight.
+        module: Its name.
+        scheme: To what it is rounded.
+        largest: Magnitudes that its inputs reach, float32 ``[in]``.
+    """
+    name = model.weight_of(module)
+    rounded, error = round_weight(name, model.weights[name], scheme, largest)
+    return rounded, {"errors": error, "unreached": True}
 
 
 def record_facts(context: PassContext, facts: Mapping[str, LinearFacts], names: Iterable[str]) -> None:

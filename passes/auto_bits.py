@@ -1,7 +1,6 @@
 """Chooses each module's scheme by what it costs in accuracy, within a budget, and has another pass quantize."""
 
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -83,8 +82,8 @@ class AutoBits(QuantPass):
     @property
     def files(self) -> tuple[Path, ...]:
         """See ``WeightPass.files``: the method may be another distribution's."""
-        file = getattr(sys.modules.get(type(self._quantizer(self._first)).__module__), "__file__", None)
-        return (Path(file),) if file else ()
+        file = self._quantizer(self._first).defined_in
+        return () if file is None else (file,)
 
     @property
     def _schemes(self) -> dict[str, Scheme]:
@@ -190,15 +189,7 @@ class AutoBits(QuantPass):
         ]
         if not modules:
             return {}
-        return input_maxima(
-            model,
-            context.calibration(),
-            modules,
-            threads=context.threads,
-            directory=context.work or Path(),
-            in_memory=context.activation_bytes,
-            progress=_share(context, 0, 20),
-        )
+        return input_maxima(model, modules, context, progress=_share(context, 0, 20))
 
     def _quantized(self, model: Model, context: PassContext, chosen: Mapping[Part, Scheme | None]) -> Model:
         """What the method makes of the choice."""

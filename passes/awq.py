@@ -16,8 +16,8 @@ from llmopt.optimizer.model import Model, QuantWeight, Weight
 from llmopt.optimizer.rounding import quantize_on, with_input_scale
 from llmopt.optimizer.scale_pairs import ScalePair, layer_pairs, scaled, scaled_bases
 from llmopt.optimizer.scheme import Scheme
-from llmopt.optimizer.weight_rounding import finite, relative_error, round_weight
-from llmopt.passes._calibrated import CalibratedQuantPass, layer_modules, record_facts, rounded_tables
+from llmopt.optimizer.weight_rounding import finite, relative_error
+from llmopt.passes._calibrated import CalibratedQuantPass, layer_modules, record_facts, rounded_tables, unreached
 from llmopt.passes._preparing import refuse_quantized_cache
 
 __all__ = ["Awq"]
@@ -125,11 +125,10 @@ class _Layers:
 
     def _round(self, model: Model, module: str, matrix: Tensor, largest: Tensor) -> tuple[QuantWeight, LinearFacts]:
         """A linear's rounded weight and what is recorded about it."""
-        scheme, weight = self._assigned[module], _dense(model, module)
-        if not matrix.any():
-            name = model.weight_of(module)
-            rounded, error = round_weight(name, model.weights[name], scheme, largest)
-            return rounded, {"errors": error, "unreached": True}
+        scheme = self._assigned[module]
+        if not matrix.diagonal().any():
+            return unreached(model, module, scheme, largest)
+        weight = _dense(model, module)
         grids = chosen_grid(weight, scheme.weights, self._options.clipping, matrix.diagonal())
         tensors = quantize_on(weight, *grids, scheme)
         difference = tensors.dense() - weight

@@ -17,8 +17,8 @@ from llmopt.optimizer.errors import PassError
 from llmopt.optimizer.model import Model, QuantWeight, Weight
 from llmopt.optimizer.rounding import quantize, with_input_scale
 from llmopt.optimizer.scheme import Scheme
-from llmopt.optimizer.weight_rounding import finite, relative_error, round_weight
-from llmopt.passes._calibrated import CalibratedQuantPass, layer_modules, record_facts, rounded_tables
+from llmopt.optimizer.weight_rounding import finite, relative_error
+from llmopt.passes._calibrated import CalibratedQuantPass, layer_modules, record_facts, rounded_tables, unreached
 
 __all__ = ["Gptq"]
 
@@ -121,8 +121,7 @@ class _Linears:
         """One linear's weight and what is recorded about it."""
         name, scheme, options = self._model.weight_of(module), self._assigned[module], self._options
         if order is None:
-            rounded, error = round_weight(name, self._model.weights[name], scheme, moments.largest)
-            return rounded, {"errors": error, "unreached": True}
+            return unreached(self._model, module, scheme, moments.largest)
         weight = goal = finite(name, self._model.weights[name].dense())
         if moments.cross is not None:
             share = options.error_propagation

@@ -1,22 +1,21 @@
 """An int8 KV cache: a quarter of the memory of a float one, with scales from what the model writes into it."""
 
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from llmopt.calibration.layerwise import room
+from llmopt.calibration.layerwise import through_layers
 from llmopt.calibration.reference import Reference
 from llmopt.optimizer.contracts import Feature, PassContext, WeightPass
 from llmopt.optimizer.errors import PassError
 from llmopt.optimizer.model import DenseWeight, Model, Weight
-from llmopt.optimizer.tokens import Tokens
 
 __all__ = ["KvCache"]
 
-_BATCH_TOKENS = 2048
 _HEAD_MULTIPLE = 8
 """Columns of a head, of which kernels of quantized caches take a multiple."""
 
@@ -80,25 +79,18 @@ class _Largest:
         self._model = model
         self._found: dict[int, tuple[Tensor, Tensor]] = {}
         self._mask = torch.ones(0)
-        self._read(context.calibration(), context)
+        reference = Reference(model, threads=context.threads, keys_values=self._look)
+        through_layers(reference, context, watching=self._watching, progress=context.progress)
 
     def of(self, index: int) -> tuple[Tensor, Tensor]:
         """Of keys and of values, each float32 ``[kv_heads, head_dim]``."""
         return self._found[index]
 
-    def _read(self, tokens: Tokens, context: PassContext) -> None:
-        reference = Reference(self._model, threads=context.threads, keys_values=self._look)
-        step = max(1, _BATCH_TOKENS // tokens.ids.shape[1])
-        masks = torch.split(tokens.mask, step)
-        shape = (*tokens.ids.shape, self._model.decoder.hidden_size)
-        hidden = room(shape, reference.dtype, context.work or Path(), in_memory=context.activation_bytes)
-        pieces = torch.split(hidden, step)
-        for piece, ids in zip(pieces, torch.split(tokens.ids, step), strict=True):
-            piece.copy_(reference.embed(ids))
-        for index in range(self._model.num_layers):
-            for piece, self._mask in zip(pieces, masks, strict=True):
-                piece.copy_(reference.layer(index, piece))
-            context.progress(index + 1, self._model.num_layers)
+    @contextmanager
+    def _watching(self, mask: Tensor) -> Iterator[None]:
+        """Look at the tokens ``mask``, bool ``[n, t]``, says."""
+        self._mask = mask
+        yield
 
     def _look(self, index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Remember the magnitudes of keys and values ``[n, kv_heads, t, head_dim]`` where there is text."""

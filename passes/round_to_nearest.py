@@ -1,6 +1,5 @@
 """Round-to-nearest weights: the baseline that every cleverer quantizer must beat."""
 
-from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -33,7 +32,7 @@ class RoundToNearest(SchemeQuantPass):
         """See ``WeightPass.run``. Records the relative error of every module's weight."""
         assigned = self.assign(model)
         static = [module for module, scheme in assigned.items() if scheme.needs_input_scale]
-        maxima = self._maxima(model, static, context) if static else {}
+        maxima = input_maxima(model, static, context) if static else {}
         changed: dict[str, Weight] = {}
         errors: dict[str, float] = {}
         for done, (module, scheme) in enumerate(assigned.items(), start=1):
@@ -46,13 +45,3 @@ class RoundToNearest(SchemeQuantPass):
         if maxima:
             context.detail("input_maxima", maxima)
         return model.with_weights(changed) if changed else model
-
-    def _maxima(self, model: Model, modules: list[str], context: PassContext) -> dict[str, float]:
-        return input_maxima(
-            model,
-            context.calibration(),
-            modules,
-            threads=context.threads,
-            directory=context.work or Path(),
-            in_memory=context.activation_bytes,
-        )

@@ -1,7 +1,6 @@
 """SmoothQuant: moves the spread of activations into weights, so that rounding both per token costs less."""
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
@@ -59,13 +58,7 @@ class Smoothquant(WeightPass):
 
     def run(self, model: Model, context: PassContext) -> Model:
         """See ``WeightPass.run``. Records the ratio of the largest to the smallest scale of every producer."""
-        text = Layerwise(
-            model,
-            context.calibration(),
-            threads=context.threads,
-            directory=context.work or Path(),
-            in_memory=context.activation_bytes,
-        )
+        text = Layerwise.of(model, context)
         changed: dict[str, Weight] = {}
         spreads: dict[str, float] = {}
         for index, layer in enumerate(model.decoder.layers):

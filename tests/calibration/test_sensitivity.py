@@ -11,6 +11,7 @@ from llmopt.calibration.divergence import kl_divergence
 from llmopt.calibration.input_maxima import input_maxima
 from llmopt.calibration.reference import Reference
 from llmopt.calibration.sensitivity import Part, sensitivities, shortened
+from llmopt.optimizer.contracts import PassContext
 from llmopt.optimizer.errors import PassError
 from llmopt.optimizer.model import DenseWeight
 from llmopt.optimizer.scheme import PRESETS
@@ -26,6 +27,10 @@ TEXT = (IDS, torch.ones_like(IDS, dtype=torch.bool))
 @pytest.fixture
 def model(pair_of):
     return pair_of()[0]
+
+
+def reading(ids):
+    return PassContext(calibration=lambda: Tokens("it", ids, ""))
 
 
 def parts_of(model, schemes=(W4, W8)):
@@ -59,7 +64,7 @@ def test_each_is_what_the_whole_model_loses(model) -> None:
 
 def test_inputs_are_rounded_on_the_scale_that_will_be_stored(model) -> None:
     parts = parts_of(model, (STATIC, FP8))
-    seen = input_maxima(model, Tokens("it", IDS, ""), model.linears())
+    seen = input_maxima(model, model.linears(), reading(IDS))
     larger = {module: 3 * value for module, value in seen.items()}
     found = sensitivities(model, parts, TEXT, maxima=larger)
     expected = [[whole(model, part, scheme, maxima=larger) for scheme in part.schemes] for part in parts]
@@ -78,7 +83,7 @@ def test_what_stays_in_float_loses_nothing_and_is_not_computed(model, monkeypatc
 
 def test_other_scales_of_inputs_are_measured_again(model, tmp_path: Path) -> None:
     parts = parts_of(model, (STATIC, W8))
-    seen = input_maxima(model, Tokens("it", IDS, ""), model.linears())
+    seen = input_maxima(model, model.linears(), reading(IDS))
     sensitivities(model, parts, TEXT, maxima=seen, directory=tmp_path)
     larger = {module: 3 * value for module, value in seen.items()}
     again = sensitivities(model, parts, TEXT, maxima=larger, directory=tmp_path)

@@ -237,7 +237,7 @@ def test_inputs_are_looked_at_once_and_only_for_static_scales(model, recorded, m
     monkeypatch.setattr(
         auto_bits,
         "input_maxima",
-        lambda model, tokens, names, **how: looked.append(names) or honest(model, tokens, names, **how),
+        lambda model, names, context, **how: looked.append(names) or honest(model, names, context, **how),
     )
     overrides = [{"match": "re:.*down_proj", "scheme": "none"}]
     options = {"method": METHOD, "overrides": overrides}

@@ -151,7 +151,7 @@ def test_static_scales_of_inputs_cover_what_entered(name, model_of, context, dis
     options = {"scheme": "FP8", "head": "none"} | ({"error_propagation": 0.0} if name == "gptq" else {"scaling": False})
     quantized = {"gptq": Gptq, "awq": Awq}[name](**options).run(model, context[0])
     # The first layer sees what the float model's first layer does.
-    maxima = input_maxima(model, context[0].calibration(), model.decoder.layers[0].attention.inputs)
+    maxima = input_maxima(model, model.decoder.layers[0].attention.inputs, context[0])
     for module, largest in maxima.items():
         scale = quantized.weights[f"{module}.weight"].load().input_scale
         assert float(scale) == pytest.approx(largest / 448, rel=1e-5)
